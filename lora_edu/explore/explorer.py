@@ -1,0 +1,195 @@
+"""Pictures behind sliders: each is drawn once, when the cell runs, and the browser switches between them.
+
+Not for pictures that can't be listed ahead (a reader's own input): those ask the kernel.
+"""
+
+import base64
+import html
+import io
+import itertools
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import ipywidgets as widgets
+from PIL import Image
+
+from lora_edu import plots
+
+MOST_PICTURES = 60  # at about 60 ms and 8 kB each, what stays within 5 s and 0.5 MB
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One PNG, the sentence that says what it shows, and what is wrong with its texts (cut off, overlapping)."""
+
+    png: bytes
+    sentence: str
+    complaints: tuple[str, ...] = field(default=(), compare=False)
+
+
+class Explorer(widgets.VBox):
+    """One or two sliders above the picture for their values; the picture for `start` where no widget can be shown.
+
+    pictures: (value, …) in the sliders' order → Picture. seconds: what drawing them took.
+    bytes: their PNGs together, a picture that occurs twice counted once.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[..., str],
+        sliders: Mapping[str, Sequence[Hashable]],
+        start: Mapping[str, Hashable],
+        size: tuple[float, float] = plots.SIZE,
+        *,
+        labels: Mapping[str, str] | None = None,
+        formats: Mapping[str, str | Callable[[Hashable], str]] | None = None,
+        colours: int = 64,
+    ):
+        """
+        draw(figure, **values) draws one picture and returns the sentence that says what it shows.
+        sliders: name of draw's argument → its values, in order. Every combination is drawn.
+        start: name → the value that stands there first.
+        size: inches; 7.2 wide fills a notebook in a window of 1000 pixels.
+        labels: name → what stands before the slider (default: the name).
+        formats: name → how a value reads, '{} kB' or a function of it; two values must not read alike.
+        colours: of the PNGs' palette; 64 do for lines, a photograph wants 128 or more.
+        Raises ValueError for sliders that cannot work and TypeError when draw returns no sentence.
+        """
+        check(sliders, start)
+        texts = {
+            name: value_texts(name, values, (formats or {}).get(name)) for name, values in sliders.items()
+        }
+        began = time.perf_counter()
+        self.pictures = {
+            values: render(draw, size, colours, dict(zip(sliders, values, strict=True)))
+            for values in itertools.product(*sliders.values())
+        }
+        self.seconds = time.perf_counter() - began
+        self.bytes = sum(len(png) for png in {picture.png for picture in self.pictures.values()})
+        self.start = self.pictures[tuple(start[name] for name in sliders)]
+        self.controls = make_controls(sliders, start, texts, labels or {})
+        pages = make_pages(self.pictures.values())
+        stack = nest(self.controls, {values: pages[picture] for values, picture in self.pictures.items()})
+        super().__init__([*self.controls, stack], layout=widgets.Layout(width="100%"))
+
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
+        data, metadata = plots.bundle(self.start.png, self.start.sentence)
+        return super()._repr_mimebundle_(**kwargs) | data, metadata
+
+
+def check(sliders: Mapping[str, Sequence], start: Mapping) -> None:
+    """Says what is wrong with the sliders, or nothing."""
+    if not 1 <= len(sliders) <= 2:
+        raise ValueError(
+            f"an explorer has one slider or two (more cannot be taken in at once); got {len(sliders)}"
+        )
+    for name, values in sliders.items():
+        if len(values) < 2:
+            raise ValueError(f"slider {name!r} needs at least two values to move between; got {list(values)}")
+        twice = [value for index, value in enumerate(values) if value in values[:index]]
+        if twice:
+            raise ValueError(f"slider {name!r} has {twice[0]!r} more than once; list each value once")
+    if set(start) != set(sliders):
+        raise ValueError(f"start must name a value for each slider {sorted(sliders)}; got {sorted(start)}")
+    for name, value in start.items():
+        if value not in sliders[name]:
+            raise ValueError(f"start value of {name!r} must be one of {list(sliders[name])}; got {value!r}")
+    count = math.prod(len(values) for values in sliders.values())
+    if count > MOST_PICTURES:
+        counts = " × ".join(str(len(values)) for values in sliders.values())
+        raise ValueError(
+            f"an explorer draws at most {MOST_PICTURES} pictures (5 s, 0.5 MB); {counts} values make "
+            f"{count}: list fewer values"
+        )
+
+
+def value_texts(name: str, values: Sequence, form: str | Callable | None) -> list[str]:
+    """How each value reads beside the slider."""
+    if form is None:
+        form = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
+    texts = [form.format(value) if isinstance(form, str) else form(value) for value in values]
+    alike = [text for index, text in enumerate(texts) if text in texts[:index]]
+    if alike:
+        raise ValueError(
+            f"two values of slider {name!r} both read {alike[0]!r}; give a format that tells them apart"
+        )
+    return texts
+
+
+def render(draw: Callable[..., str], size: tuple[float, float], colours: int, values: Mapping) -> Picture:
+    """One picture; an error in `draw` says for which values it came."""
+    figure = plots.figure(size)
+    try:
+        with plots.style():
+            sentence = draw(figure, **values)
+        if not isinstance(sentence, str) or not sentence.strip():
+            raise TypeError(
+                f"draw must return the sentence that says what its picture shows; got {sentence!r}"
+            )
+        png = plots.to_png(figure, colours)
+    except Exception as error:
+        error.add_note(
+            "while drawing the picture for " + ", ".join(f"{k} = {v!r}" for k, v in values.items())
+        )
+        raise
+    return Picture(png, sentence.strip(), tuple(plots.crowded(figure)))
+
+
+def make_controls(
+    sliders: Mapping[str, Sequence], start: Mapping, texts: Mapping[str, list[str]], labels: Mapping[str, str]
+) -> list[widgets.SelectionSlider]:
+    """Sliders one below the other, their rails in line."""
+    widest = max(len(labels.get(name, name)) for name in sliders)
+    return [
+        widgets.SelectionSlider(
+            description=labels.get(name, name),
+            options=list(zip(texts[name], values, strict=True)),
+            value=start[name],
+            style={"description_width": f"{widest + 1}ch"},
+            layout=widgets.Layout(width="min(100%, 36rem)"),
+        )
+        for name, values in sliders.items()
+    ]
+
+
+def make_pages(pictures) -> dict[Picture, widgets.HTML]:
+    """A page for each picture: the image with its sentence as alt text, and the sentence as a visible caption.
+
+    Equal pictures share a page, all pages share one layout and one style: fewer bytes, fewer messages.
+    """
+    layout, style = widgets.Layout(width="100%", margin="0"), widgets.HTML().style
+    return {
+        picture: widgets.HTML(page(picture.png, picture.sentence), layout=layout, style=style)
+        for picture in dict.fromkeys(pictures)
+    }
+
+
+def page(png: bytes, sentence: str) -> str:
+    with Image.open(io.BytesIO(png)) as picture:
+        width, height = (round(side / plots.DENSITY) for side in picture.size)
+    text = html.escape(sentence, quote=True)
+    source = base64.b64encode(png).decode()
+    return (
+        f'<figure style="margin:0">'
+        f'<img alt="{text}" width="{width}" height="{height}" decoding="sync" '
+        f'style="max-width:100%;height:auto;display:block" src="data:image/png;base64,{source}">'
+        f'<figcaption role="status" aria-live="polite" style="max-width:{width}px;line-height:1.4">'
+        f"{text}</figcaption>"
+        f"</figure>"
+    )
+
+
+def nest(controls: Sequence[widgets.SelectionSlider], pages: Mapping[tuple, widgets.HTML]) -> widgets.Widget:
+    """A Stack for each slider, linked to it in the browser; the innermost holds the pages."""
+    if not controls:
+        return pages[()]
+    first, *rest = controls
+    inner = [
+        nest(rest, {values[1:]: page for values, page in pages.items() if values[0] == value})
+        for _, value in first.options
+    ]
+    stack = widgets.Stack(inner, selected_index=first.index, layout=widgets.Layout(width="100%"))
+    widgets.jslink((first, "index"), (stack, "selected_index"))
+    return stack

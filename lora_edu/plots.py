@@ -1,0 +1,168 @@
+"""Figures of the course: a style that colour-blind readers can tell apart, and one function a figure.
+
+A drawing function takes data and axes and returns artists. No widgets, no training, no loading here.
+"""
+
+import base64
+import contextlib
+import io
+import itertools
+from collections.abc import Iterator
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+# Okabe & Ito (2008), "Color universal design": colours that every common colour blindness keeps apart.
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+PURPLE, SKY, YELLOW, BLACK, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#767676"
+PALETTE = (
+    BLUE,
+    VERMILION,
+    GREEN,
+    PURPLE,
+    ORANGE,
+    SKY,
+    BLACK,
+)  # yellow is too faint for a line
+
+SEQUENTIAL = "cividis"  # for sizes: from dark to light, the same for every eye
+DIVERGING = "RdBu_r"  # for signs: blue below zero, red above
+
+SIZE = (7.2, 2.8)  # inches; the width of a notebook's output in a window 1000 pixels wide
+PIXELS_PER_INCH = 100  # as shown on the page
+DENSITY = 1.5  # pixels stored for each pixel shown: text stays sharp on screens that pack them closer
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#444444",
+    "axes.grid": True,
+    "axes.labelsize": 9,
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.titlepad": 6,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": PIXELS_PER_INCH * DENSITY,
+    "figure.facecolor": "white",
+    "figure.titlesize": 10,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "image.cmap": SEQUENTIAL,
+    "image.interpolation": "nearest",
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "savefig.facecolor": "white",
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The course's style while the block runs; whatever the reader has set up is back afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def figure(size: tuple[float, float] = SIZE) -> Figure:
+    """An empty figure, `size` in inches, that no window and no pyplot keeps alive."""
+    with style():
+        return Figure(figsize=size, layout="constrained")
+
+
+def subplots(rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE, **options) -> tuple:
+    """(figure, axes) in the course's style; `options` as in matplotlib's Figure.subplots."""
+    with style():
+        made = Figure(figsize=size, layout="constrained")
+        return made, made.subplots(rows, columns, **options)
+
+
+class Shown:
+    """A finished picture and the sentence that says what it shows; put it last in a cell."""
+
+    def __init__(self, png: bytes, sentence: str):
+        self.png, self.sentence = png, sentence
+
+    def __repr__(self) -> str:
+        return self.sentence
+
+    def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
+        return bundle(self.png, self.sentence)
+
+
+def show(figure: Figure, sentence: str) -> Shown:
+    """The figure as a picture, with its sentence for those who cannot see it and for the outputs' test."""
+    return Shown(to_png(figure), sentence)
+
+
+def bundle(png: bytes, sentence: str) -> tuple[dict, dict]:
+    """(data, metadata) of a notebook output: the picture, its sentence, and the size at which to show it."""
+    with Image.open(io.BytesIO(png)) as picture:
+        width, height = (round(side / DENSITY) for side in picture.size)
+    data = {"image/png": base64.b64encode(png).decode(), "text/plain": sentence}
+    return data, {"image/png": {"width": width, "height": height, "alt": sentence}}
+
+
+def to_png(figure: Figure, colours: int = 64) -> bytes:
+    """The figure as PNG with at most `colours` colours (2 to 256).
+
+    Line plots need 64 and take a third to a tenth of matplotlib's own bytes; photographs want 128 or more.
+    The same figure gives the same bytes.
+    """
+    if not 2 <= colours <= 256:
+        raise ValueError(f"colours must be between 2 and 256 (a PNG palette's limits); got {colours}")
+    canvas = FigureCanvasAgg(figure)
+    with style():
+        canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    packed = io.BytesIO()
+    picture.quantize(colours, dither=Image.Dither.NONE).save(packed, format="png", optimize=True)
+    return packed.getvalue()
+
+
+def crowded(figure: Figure) -> list[str]:
+    """What a reader would complain of in a drawn figure: texts cut off at its edge, titles that overlap."""
+    renderer = figure.canvas.get_renderer()
+    edge = figure.bbox.padded(1)
+    headings, notes = _headings(figure), _notes(figure)
+    boxes = {text: text.get_window_extent(renderer) for text in headings + notes}
+    cut = [
+        f"cut off: {text.get_text()!r}"
+        for text, box in boxes.items()
+        if box.x0 < edge.x0 or box.x1 > edge.x1 or box.y0 < edge.y0 or box.y1 > edge.y1
+    ]
+    overlapping = [
+        f"overlap: {one.get_text()!r} and {other.get_text()!r}"
+        for one, other in itertools.combinations(headings, 2)
+        if boxes[one].overlaps(boxes[other])
+    ]
+    return cut + overlapping
+
+
+def _headings(figure: Figure) -> list[Text]:
+    """Titles and axis labels that are seen (constrained layout looks after the ticks' labels)."""
+    texts = [figure._suptitle]
+    for axes in figure.get_axes():
+        if axes.get_visible():
+            texts += [axes.title, axes._left_title, axes._right_title]
+            texts += [axis.label for axis in (axes.xaxis, axes.yaxis) if axes.axison and axis.get_visible()]
+    return [text for text in texts if text is not None and text.get_visible() and text.get_text().strip()]
+
+
+def _notes(figure: Figure) -> list[Text]:
+    legends = [axes.get_legend() for axes in figure.get_axes()] + figure.legends
+    texts = [text for axes in figure.get_axes() if axes.get_visible() for text in axes.texts]
+    texts += [text for legend in legends if legend is not None for text in legend.get_texts()]
+    return [text for text in texts if text.get_visible() and text.get_text().strip()]
