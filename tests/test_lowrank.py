@@ -1,4 +1,4 @@
-"""lowrank.py against identities of linear algebra, for any shape, rank and dtype; not for speed (benchmarks/)."""
+"""lowrank.py against identities of linear algebra, for any shape, rank and dtype; not for its speed."""
 
 import math
 
