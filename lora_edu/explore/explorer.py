@@ -5,15 +5,17 @@ Not for pictures that can't be listed ahead (a reader's own input): those ask th
 
 import base64
 import html
-import io
 import itertools
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import ipywidgets as widgets
-from PIL import Image
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.transforms import Bbox
 
 from lora_edu import plots
 
@@ -30,7 +32,7 @@ class Picture:
 
 
 class Explorer(widgets.VBox):
-    """One or two sliders above the picture for their values; the picture for `start` where no widget can be shown.
+    """One or two sliders above the picture for their values; without widgets, the picture for `start`.
 
     pictures: (value, …) in the sliders' order → Picture. seconds: what drawing them took.
     bytes: their PNGs together, a picture that occurs twice counted once.
@@ -46,6 +48,7 @@ class Explorer(widgets.VBox):
         labels: Mapping[str, str] | None = None,
         formats: Mapping[str, str | Callable[[Hashable], str]] | None = None,
         colours: int = 64,
+        density: float = plots.DENSITY,
     ):
         """
         draw(figure, **values) draws one picture and returns the sentence that says what it shows.
@@ -54,7 +57,8 @@ class Explorer(widgets.VBox):
         size: inches; 7.2 wide fills a notebook in a window of 1000 pixels.
         labels: name → what stands before the slider (default: the name).
         formats: name → how a value reads, '{} kB' or a function of it; two values must not read alike.
-        colours: of the PNGs' palette; 64 do for lines, a photograph wants 128 or more.
+        colours: of the PNGs' palette; 64 do for lines and grey pictures, a colourful photograph wants 256.
+        density: pixels stored for each one shown; 1 halves the bytes and is less sharp on dense screens.
         Raises ValueError for sliders that cannot work and TypeError when draw returns no sentence.
         """
         check(sliders, start)
@@ -62,10 +66,7 @@ class Explorer(widgets.VBox):
             name: value_texts(name, values, (formats or {}).get(name)) for name, values in sliders.items()
         }
         began = time.perf_counter()
-        self.pictures = {
-            values: render(draw, size, colours, dict(zip(sliders, values, strict=True)))
-            for values in itertools.product(*sliders.values())
-        }
+        self.pictures = render_all(draw, size, colours, density, sliders, start)
         self.seconds = time.perf_counter() - began
         self.bytes = sum(len(png) for png in {picture.png for picture in self.pictures.values()})
         self.start = self.pictures[tuple(start[name] for name in sliders)]
@@ -118,23 +119,62 @@ def value_texts(name: str, values: Sequence, form: str | Callable | None) -> lis
     return texts
 
 
-def render(draw: Callable[..., str], size: tuple[float, float], colours: int, values: Mapping) -> Picture:
-    """One picture; an error in `draw` says for which values it came."""
+def render_all(
+    draw: Callable[..., str],
+    size: tuple[float, float],
+    colours: int,
+    density: float,
+    sliders: Mapping[str, Sequence],
+    start: Mapping,
+) -> dict[tuple, Picture]:
+    """A picture for every combination. The axes stand where the ends of the sliders and the start leave room."""
+    combinations = list(itertools.product(*sliders.values()))
+    ends = itertools.product(*({values[0], values[-1]} for values in sliders.values()))
+    wanted = dict.fromkeys([*ends, tuple(start[name] for name in sliders)])
+    drawn = {values: sketch(draw, size, dict(zip(sliders, values, strict=True))) for values in wanted}
+    boxes = common_boxes([figure for figure, _ in drawn.values()])
+    pictures = {}
+    for values in combinations:
+        figure, sentence = drawn.get(values) or sketch(draw, size, dict(zip(sliders, values, strict=True)))
+        pictures[values] = finish(figure, sentence, boxes, colours, density)
+    return pictures
+
+
+def sketch(draw: Callable[..., str], size: tuple[float, float], values: Mapping) -> tuple[Figure, str]:
+    """The figure with everything on it, not yet rendered; an error in `draw` says for which values it came."""
     figure = plots.figure(size)
     try:
         with plots.style():
             sentence = draw(figure, **values)
         if not isinstance(sentence, str) or not sentence.strip():
-            raise TypeError(
-                f"draw must return the sentence that says what its picture shows; got {sentence!r}"
-            )
-        png = plots.to_png(figure, colours)
+            raise TypeError(f"draw must return a sentence that says what the picture shows; got {sentence!r}")
     except Exception as error:
-        error.add_note(
-            "while drawing the picture for " + ", ".join(f"{k} = {v!r}" for k, v in values.items())
-        )
+        where = ", ".join(f"{name} = {value!r}" for name, value in values.items())
+        error.add_note(f"while drawing the picture for {where}")
         raise
-    return Picture(png, sentence.strip(), tuple(plots.crowded(figure)))
+    return figure, " ".join(sentence.split())
+
+
+def common_boxes(figures: Sequence[Figure]) -> list[Bbox] | None:
+    """For each axes the box that is inside its box in every figure; None where the figures are laid out otherwise."""
+    if not all(isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine) for figure in figures):
+        return None
+    if len({len(figure.axes) for figure in figures}) != 1:
+        return None
+    return [reduce(Bbox.intersection, boxes) for boxes in zip(*map(plots.lay_out, figures), strict=True)]
+
+
+def finish(figure: Figure, sentence: str, boxes: list[Bbox] | None, colours: int, density: float) -> Picture:
+    """The figure rendered with its axes in the given boxes; laid out on its own where something would not fit."""
+    if boxes is not None and len(boxes) == len(figure.axes):
+        engine = figure.get_layout_engine()
+        plots.place(figure, boxes)
+        png = plots.to_png(figure, colours, density)
+        if not plots.crowded(figure) and not plots.ink_at_edge(figure):
+            return Picture(png, sentence)
+        figure.set_layout_engine(engine)
+    png = plots.to_png(figure, colours, density)
+    return Picture(png, sentence, tuple(plots.crowded(figure)))
 
 
 def make_controls(
@@ -155,7 +195,7 @@ def make_controls(
 
 
 def make_pages(pictures) -> dict[Picture, widgets.HTML]:
-    """A page for each picture: the image with its sentence as alt text, and the sentence as a visible caption.
+    """A page for each picture: the image with its sentence as alt text and as a visible caption.
 
     Equal pictures share a page, all pages share one layout and one style: fewer bytes, fewer messages.
     """
@@ -167,8 +207,7 @@ def make_pages(pictures) -> dict[Picture, widgets.HTML]:
 
 
 def page(png: bytes, sentence: str) -> str:
-    with Image.open(io.BytesIO(png)) as picture:
-        width, height = (round(side / plots.DENSITY) for side in picture.size)
+    width, height = plots.shown_size(png)
     text = html.escape(sentence, quote=True)
     source = base64.b64encode(png).decode()
     return (
