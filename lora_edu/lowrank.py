@@ -63,7 +63,7 @@ def randomized_svd(
     share: float | None = None,
     oversampling: int = 10,
     power_iterations: int | None = None,
-    tolerance: float = 0.002,
+    tolerance: float = 0.01,
     seed: int = 0,
 ) -> RandomizedFactors:
     """The leading part of the SVD from a random sketch (Halko, Martinsson & Tropp 2011, algorithm 4.4).
@@ -90,10 +90,9 @@ def randomized_svd(
     if share is not None:
         _check_share(share)
     # Squares of very large or small entries would overflow or vanish, so work on entries of size 1.
-    scale = matrix.abs().max()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = max(abs(float(extreme)) for extreme in torch.aminmax(matrix)) or 1.0
     A = matrix / scale
-    total = float(_squared_norm(A))
+    total = _squared_norm(A)
 
     width = rank + oversampling if rank is not None else 32 + oversampling
     generator = torch.Generator().manual_seed(seed)
@@ -105,15 +104,15 @@ def randomized_svd(
         iterations += done
         U, S, Vh = torch.linalg.svd(B, full_matrices=False)
         if rank is not None:
-            return _measured(matrix, Q @ U[:, :rank], S[:rank] * scale, Vh[:rank], iterations)
+            return _measured(A, scale, total, Q @ U[:, :rank], S[:rank], Vh[:rank], iterations)
         # The last few of the sketch are under-estimates: only a rank that leaves them out is taken.
         found = _smallest_rank(S.double().square(), total, share)
         if found is not None and found <= width - oversampling:
-            return _measured(matrix, Q @ U[:, :found], S[:found] * scale, Vh[:found], iterations)
+            return _measured(A, scale, total, Q @ U[:, :found], S[:found], Vh[:found], iterations)
         directions, width = Vh.T, 2 * width
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
     kept = rank if rank is not None else rank_for_energy(S, share)
-    return _measured(matrix, U[:, :kept], S[:kept] * scale, Vh[:kept], iterations)
+    return _measured(A, scale, total, U[:, :kept], S[:kept], Vh[:kept], iterations)
 
 
 def _sketch(
@@ -124,11 +123,12 @@ def _sketch(
     Q = torch.linalg.qr(A @ directions).Q
     B = Q.T @ A
     captured = _captured(B, rank)
+    noise = torch.finfo(A.dtype).eps * total
     for done in range(most):
         Q = torch.linalg.qr(A @ torch.linalg.qr(B.T).Q).Q
         B = Q.T @ A
         before, captured = captured, _captured(B, rank)
-        if power_iterations is None and captured - before <= tolerance * max(total - captured, 0.0):
+        if power_iterations is None and captured - before <= tolerance * max(total - captured, 0.0) + noise:
             return Q, B, done + 1
     return Q, B, most
 
@@ -138,14 +138,14 @@ def _captured(B: Tensor, rank: int) -> float:
     return float(torch.linalg.eigvalsh((B @ B.T).double())[-rank:].sum())
 
 
-def _measured(matrix: Tensor, U: Tensor, S: Tensor, Vh: Tensor, iterations: int) -> RandomizedFactors:
-    factors = RandomizedFactors(U, S, Vh)
-    largest = matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny)
-    residual = torch.addmm(matrix / largest, U * (S / largest), Vh, alpha=-1)
-    size = math.sqrt(_squared_norm(matrix / largest))
-    missing = math.sqrt(_squared_norm(residual))
-    factors.error = missing * float(largest)
-    factors.relative_error = missing / size if size else 0.0
+def _measured(
+    A: Tensor, scale: float, total: float, U: Tensor, S: Tensor, Vh: Tensor, iterations: int
+) -> RandomizedFactors:
+    """The factors of scale · A, with the error that multiplying them back shows."""
+    missing = math.sqrt(_squared_norm(torch.addmm(A, U * S, Vh, alpha=-1)))
+    factors = RandomizedFactors(U, S * scale, Vh)
+    factors.error = missing * scale
+    factors.relative_error = missing / math.sqrt(total) if total else 0.0
     factors.power_iterations = iterations
     return factors
 
