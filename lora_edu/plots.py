@@ -42,31 +42,31 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#444444",
     "axes.grid": True,
-    "axes.labelsize": 9,
+    "axes.labelsize": 9.5,
     "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
-    "axes.titlesize": 9.5,
-    "axes.titley": 1.0,  # not looked for anew: a third of the time to draw. A figure with ticks at the top sets its own
+    "axes.titlesize": 10,
+    "axes.titley": 1.0,  # looking for room costs a third of the drawing; with ticks at the top, set your own
     "axes.titlepad": 6,
     "figure.constrained_layout.use": True,
     "figure.dpi": PIXELS_PER_INCH * DENSITY,
     "figure.facecolor": "white",
-    "figure.titlesize": 10,
+    "figure.titlesize": 10.5,
     "font.family": "DejaVu Sans",
-    "font.size": 9,
+    "font.size": 9.5,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
     "image.cmap": SEQUENTIAL,
     "image.interpolation": "nearest",
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
     "savefig.facecolor": "white",
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
 }
 
 
@@ -111,7 +111,7 @@ def show(figure: Figure, sentence: str) -> Shown:
 
 
 def bundle(png: bytes, sentence: str) -> tuple[dict, dict]:
-    """(data, metadata) of a notebook's output: the picture, its sentence, and the size at which to show it."""
+    """(data, metadata) of a notebook's output: the picture, its sentence, the size at which to show it."""
     width, height = shown_size(png)
     data = {"image/png": base64.b64encode(png).decode(), "text/plain": sentence}
     return data, {"image/png": {"width": width, "height": height, "alt": sentence}}
@@ -137,7 +137,7 @@ def to_png(figure: Figure, colours: int = 64, density: float = DENSITY) -> bytes
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
     drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    # Not the usual median cut: it spends the palette on the most frequent colours, and a small red dot turns brown.
+    # Not the usual median cut: it spends the palette on what is frequent, and a small red dot turns brown.
     picture = drawn.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     palette = np.array(picture.getpalette(), dtype=np.uint8).reshape(-1, 3)
     palette[(palette > 250).all(axis=1)] = 255  # the page stays white
@@ -156,7 +156,7 @@ def lay_out(figure: Figure) -> list[Bbox]:
 
 
 def place(figure: Figure, boxes: Sequence[Bbox]) -> None:
-    """Puts each axes where it is told: pictures behind one slider then differ in their data only, nothing jumps."""
+    """Puts each axes in its box, so that pictures behind one slider differ in their data only."""
     figure.set_layout_engine("none")
     for axes, box in zip(figure.axes, boxes, strict=True):
         axes.set_position(box)
@@ -187,7 +187,7 @@ def crowded(figure: Figure) -> list[str]:
 
 
 def _inside(box: Bbox, axes_box: Bbox) -> bool:
-    """Whether a text's box reaches more than a pixel into the axes' box (twin axes share a frame: touching is fine)."""
+    """Whether a text's box reaches more than a pixel into the axes' box (twin axes touch)."""
     common = Bbox.intersection(box, axes_box)
     return common is not None and common.width > 1 and common.height > 1
 

@@ -8,7 +8,7 @@ import html
 import itertools
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -24,7 +24,7 @@ MOST_PICTURES = 60  # at about 60 ms and 8 kB each, what stays within 5 s and 0.
 
 @dataclass(frozen=True)
 class Picture:
-    """One PNG, the sentence that says what it shows, and what is wrong with its texts (cut off, overlapping)."""
+    """One PNG, the sentence that says what it shows, and the texts in it that are cut off or overlap."""
 
     png: bytes
     sentence: str
@@ -62,18 +62,19 @@ class Explorer(widgets.VBox):
         Raises ValueError for sliders that cannot work and TypeError when draw returns no sentence.
         """
         check(sliders, start)
-        texts = {
-            name: value_texts(name, values, (formats or {}).get(name)) for name, values in sliders.items()
-        }
+        labels, formats = labels or {}, formats or {}
+        texts = {name: value_texts(name, values, formats.get(name)) for name, values in sliders.items()}
         began = time.perf_counter()
         self.pictures = render_all(draw, size, colours, density, sliders, start)
         self.seconds = time.perf_counter() - began
         self.bytes = sum(len(png) for png in {picture.png for picture in self.pictures.values()})
         self.start = self.pictures[tuple(start[name] for name in sliders)]
-        self.controls = make_controls(sliders, start, texts, labels or {})
+        self.controls = make_controls(sliders, start, texts, labels)
         pages = make_pages(self.pictures.values())
         stack = nest(self.controls, {values: pages[picture] for values, picture in self.pictures.items()})
-        super().__init__([*self.controls, stack], layout=widgets.Layout(width="100%"))
+        room, style = readout_room(texts)
+        super().__init__([*self.controls, stack, style], layout=widgets.Layout(width="100%"))
+        self.add_class(room)
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         data, metadata = plots.bundle(self.start.png, self.start.sentence)
@@ -127,7 +128,7 @@ def render_all(
     sliders: Mapping[str, Sequence],
     start: Mapping,
 ) -> dict[tuple, Picture]:
-    """A picture for every combination. The axes stand where the ends of the sliders and the start leave room."""
+    """A picture for every combination; the axes stand where the sliders' ends and the start leave room."""
     combinations = list(itertools.product(*sliders.values()))
     ends = itertools.product(*({values[0], values[-1]} for values in sliders.values()))
     wanted = dict.fromkeys([*ends, tuple(start[name] for name in sliders)])
@@ -141,7 +142,7 @@ def render_all(
 
 
 def sketch(draw: Callable[..., str], size: tuple[float, float], values: Mapping) -> tuple[Figure, str]:
-    """The figure with everything on it, not yet rendered; an error in `draw` says for which values it came."""
+    """The figure with all on it, not yet rendered; an error in `draw` says for which values it came."""
     figure = plots.figure(size)
     try:
         with plots.style():
@@ -156,7 +157,7 @@ def sketch(draw: Callable[..., str], size: tuple[float, float], values: Mapping)
 
 
 def common_boxes(figures: Sequence[Figure]) -> list[Bbox] | None:
-    """For each axes the box that is inside its box in every figure; None where the figures are laid out otherwise."""
+    """For each axes the box that fits it in every figure; None where the figures are laid out otherwise."""
     if not all(isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine) for figure in figures):
         return None
     if len({len(figure.axes) for figure in figures}) != 1:
@@ -165,7 +166,7 @@ def common_boxes(figures: Sequence[Figure]) -> list[Bbox] | None:
 
 
 def finish(figure: Figure, sentence: str, boxes: list[Bbox] | None, colours: int, density: float) -> Picture:
-    """The figure rendered with its axes in the given boxes; laid out on its own where something would not fit."""
+    """The figure rendered with its axes in the given boxes; laid out on its own where it would not fit."""
     if boxes is not None and len(boxes) == len(figure.axes):
         engine = figure.get_layout_engine()
         plots.place(figure, boxes)
@@ -188,34 +189,46 @@ def make_controls(
             options=list(zip(texts[name], values, strict=True)),
             value=start[name],
             style={"description_width": f"{widest + 1}ch"},
-            layout=widgets.Layout(width="min(100%, 36rem)"),
+            layout=widgets.Layout(width="min(100%, 42rem)"),
         )
         for name, values in sliders.items()
     ]
 
 
-def make_pages(pictures) -> dict[Picture, widgets.HTML]:
+def readout_room(texts: Mapping[str, list[str]]) -> tuple[str, widgets.HTML]:
+    """A CSS class, and the widget that defines it: room beside each slider for the longest value.
+
+    ipywidgets itself cuts a value after some 20 letters, and lets rails end where the value happens to begin.
+    """
+    longest = max(len(text) for column in texts.values() for text in column)
+    name = f"lora-edu-room-{longest}"
+    rule = f"min-width:{longest}ch;max-width:none;text-align:left;overflow:visible"
+    css = f"<style>.{name} .widget-readout{{{rule}}}</style>"
+    return name, widgets.HTML(css, layout=widgets.Layout(display="none"))
+
+
+def make_pages(pictures: Iterable[Picture]) -> dict[Picture, widgets.HTML]:
     """A page for each picture: the image with its sentence as alt text and as a visible caption.
 
     Equal pictures share a page, all pages share one layout and one style: fewer bytes, fewer messages.
     """
+    different = list(dict.fromkeys(pictures))
+    lines = max(math.ceil(len(picture.sentence) / 80) for picture in different)
     layout, style = widgets.Layout(width="100%", margin="0"), widgets.HTML().style
-    return {
-        picture: widgets.HTML(page(picture.png, picture.sentence), layout=layout, style=style)
-        for picture in dict.fromkeys(pictures)
-    }
+    return {picture: widgets.HTML(page(picture, lines), layout=layout, style=style) for picture in different}
 
 
-def page(png: bytes, sentence: str) -> str:
-    width, height = plots.shown_size(png)
-    text = html.escape(sentence, quote=True)
-    source = base64.b64encode(png).decode()
+def page(picture: Picture, lines: int) -> str:
+    """The picture as HTML; `lines` of caption are kept free, so that what stands below does not move."""
+    width, height = plots.shown_size(picture.png)
+    text = html.escape(picture.sentence, quote=True)
+    source = base64.b64encode(picture.png).decode()
+    caption = f"max-width:{width}px;min-height:{1.4 * lines:.1f}em;line-height:1.4;padding:4px 6px"
     return (
         f'<figure style="margin:0">'
         f'<img alt="{text}" width="{width}" height="{height}" decoding="sync" '
         f'style="max-width:100%;height:auto;display:block" src="data:image/png;base64,{source}">'
-        f'<figcaption role="status" aria-live="polite" style="max-width:{width}px;line-height:1.4">'
-        f"{text}</figcaption>"
+        f'<figcaption role="status" aria-live="polite" style="{caption}">{text}</figcaption>'
         f"</figure>"
     )
 

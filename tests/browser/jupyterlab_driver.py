@@ -1,5 +1,6 @@
-"""A JupyterLab with the course's settings, and a page of it in Chromium: what the browser tests and the latency
-benchmark share. It reads and turns what a reader sees; it knows nothing of what the pictures show.
+"""JupyterLab with the course's settings and a page of it in Chromium, for the browser tests and slider_latency.py.
+
+It sees and turns what a reader sees and turns; it knows nothing of what the pictures show.
 """
 
 import contextlib
@@ -17,7 +18,10 @@ from pathlib import Path
 from playwright.sync_api import Browser, ElementHandle, Page, sync_playwright
 
 WIDTH, HEIGHT = 1000, 800  # the smallest window that nothing may be cut off in
-SETTINGS = {"@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True}}
+SETTINGS = {
+    "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True},
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+}
 
 # Words of the page's console that are no fault of the notebook or of the course, each with its reason.
 HARMLESS: tuple[str, ...] = ()
@@ -82,7 +86,7 @@ class Server:
 
 @contextlib.contextmanager
 def jupyterlab(folder: Path, home: Path) -> Iterator[Server]:
-    """JupyterLab on the notebooks in `folder`; what it keeps for itself goes under `home`, none of the user's is read."""
+    """JupyterLab on the notebooks in `folder`; its own files are under `home`, the user's are not read."""
     overrides = home / "config" / "labconfig" / "default_setting_overrides.json"
     overrides.parent.mkdir(parents=True)
     overrides.write_text(json.dumps(SETTINGS), encoding="utf-8")
@@ -95,11 +99,14 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[Server]:
         "IPYTHONDIR": home / "ipython",
     }
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port=0"]
-    command += [f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url="]
+    command += [f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
     log = home / "jupyterlab.log"
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **{name: str(path) for name, path in own.items()}}, stdout=output, stderr=output
+            command,
+            env={**os.environ, **{name: str(path) for name, path in own.items()}},
+            stdout=output,
+            stderr=output,
         )
         try:
             yield _wait_for_server(process, home / "runtime", folder, log)
@@ -126,7 +133,7 @@ def _wait_for_server(process: subprocess.Popen, runtime: Path, folder: Path, log
 
 @dataclass(frozen=True)
 class View:
-    """What a reader sees of an explorer: each slider's value as text, the picture, its alt text and its caption."""
+    """What a reader sees of an explorer: the sliders' values as text, picture, alt text and caption."""
 
     values: tuple[str, ...]
     source: str
@@ -188,7 +195,9 @@ class NotebookPage:
     def cell(self, index: int) -> ElementHandle:
         """The cell, scrolled into view: JupyterLab draws no others."""
         self.page.evaluate(SCROLL_TO, index)
-        node = self.page.evaluate_handle(f"index => ({PANEL}).content.widgets[index].node", index).as_element()
+        node = self.page.evaluate_handle(
+            f"index => ({PANEL}).content.widgets[index].node", index
+        ).as_element()
         node.wait_for_selector(".jp-Cell-outputArea img", state="visible")
         node.query_selector(".jp-Cell-outputArea").scroll_into_view_if_needed()
         return node
@@ -198,12 +207,16 @@ class NotebookPage:
         return cell.query_selector_all(".noUi-handle")
 
     def view(self, cell: ElementHandle) -> View:
-        return View(**{name: tuple(x) if isinstance(x, list) else x for name, x in cell.evaluate(SEEN).items()})
+        return View(
+            **{name: tuple(x) if isinstance(x, list) else x for name, x in cell.evaluate(SEEN).items()}
+        )
 
     def press(self, cell: ElementHandle, slider: ElementHandle, key: str) -> View:
         """What is seen after a key, once two frames have been painted."""
         slider.press(key)
-        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.page.evaluate(
+            "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        )
         return self.view(cell)
 
     def cut_off(self, cell: ElementHandle) -> list[str]:
@@ -261,6 +274,7 @@ CUT_OFF = """cell => {
   const parts = [...area.querySelectorAll("img, figcaption, .widget-label, .widget-readout, .noUi-target")];
   return parts.filter(part => {
     const seen = part.getBoundingClientRect();
-    return seen.left < box.left - 1 || seen.right > right + 1 || part.scrollWidth > part.clientWidth + 1;
+    const outside = seen.left < box.left - 1 || seen.right > right + 1;
+    return seen.width && (outside || part.scrollWidth > part.clientWidth + 1);
   }).map(part => `${part.className || part.tagName}: ${part.textContent.slice(0, 60)}`);
 }"""
