@@ -1,6 +1,7 @@
 """Figures of the course: a style that colour-blind readers can tell apart, and one function a figure.
 
-A drawing function takes data and axes and returns artists. No widgets, no training, no loading here.
+A drawing function takes data and axes, returns artists, and is decorated with `@style()` so that it looks the same
+whoever calls it. No widgets, no training, no loading here.
 """
 
 import base64

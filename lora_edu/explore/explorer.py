@@ -72,9 +72,9 @@ class Explorer(widgets.VBox):
         self.controls = make_controls(sliders, start, texts, labels)
         pages = make_pages(self.pictures.values())
         stack = nest(self.controls, {values: pages[picture] for values, picture in self.pictures.items()})
-        room, style = readout_room(texts)
-        super().__init__([*self.controls, stack, style], layout=widgets.Layout(width="100%"))
-        self.add_class(room)
+        name, css = make_css(texts)
+        super().__init__([*self.controls, stack, css], layout=widgets.Layout(width="100%"))
+        self.add_class(name)
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         data, metadata = plots.bundle(self.start.png, self.start.sentence)
@@ -182,29 +182,38 @@ def make_controls(
     sliders: Mapping[str, Sequence], start: Mapping, texts: Mapping[str, list[str]], labels: Mapping[str, str]
 ) -> list[widgets.SelectionSlider]:
     """Sliders one below the other, their rails in line."""
-    widest = max(len(labels.get(name, name)) for name in sliders)
+    widest = max(width_of(labels.get(name, name)) for name in sliders)
     return [
         widgets.SelectionSlider(
             description=labels.get(name, name),
             options=list(zip(texts[name], values, strict=True)),
             value=start[name],
-            style={"description_width": f"{widest + 1}ch"},
+            style={"description_width": f"{widest:.1f}ch"},
             layout=widgets.Layout(width="min(100%, 42rem)"),
         )
         for name, values in sliders.items()
     ]
 
 
-def readout_room(texts: Mapping[str, list[str]]) -> tuple[str, widgets.HTML]:
-    """A CSS class, and the widget that defines it: room beside each slider for the longest value.
+def width_of(text: str) -> float:
+    """Room that a text needs, in CSS's ch (the width of a '0'), rather too much than too little."""
+    return sum(0.5 if letter in " .,:;'|!ijl" else 0.9 if letter.islower() else 1.0 for letter in text) + 0.5
 
-    ipywidgets itself cuts a value after some 20 letters, and lets rails end where the value happens to begin.
+
+def make_css(texts: Mapping[str, list[str]]) -> tuple[str, widgets.HTML]:
+    """A CSS class for the explorer, and the widget that defines it.
+
+    ipywidgets cuts a value after some 20 letters and lets a rail end where its value happens to begin; and
+    JupyterLab puts a broken link on each widget without a kernel, though these need none.
     """
-    longest = max(len(text) for column in texts.values() for text in column)
-    name = f"lora-edu-room-{longest}"
-    rule = f"min-width:{longest}ch;max-width:none;text-align:left;overflow:visible"
-    css = f"<style>.{name} .widget-readout{{{rule}}}</style>"
-    return name, widgets.HTML(css, layout=widgets.Layout(display="none"))
+    room = max(width_of(text) for column in texts.values() for text in column)
+    name = f"lora-edu-explorer-{room:.1f}".replace(".", "-")
+    lost = "jupyter-widgets-disconnected::before{display:none!important}"
+    css = (
+        f".{name} .widget-readout{{min-width:{room:.1f}ch;max-width:none;margin-left:14px;"
+        f"text-align:left;overflow:visible}}.{name} .{lost}.{name}.{lost}"
+    )
+    return name, widgets.HTML(f"<style>{css}</style>", layout=widgets.Layout(display="none"))
 
 
 def make_pages(pictures: Iterable[Picture]) -> dict[Picture, widgets.HTML]:
