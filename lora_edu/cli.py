@@ -1,0 +1,52 @@
+"""The command `lora-edu`: finds the sub-command and hands it the rest of the line.
+
+Each is a module with `main(arguments) -> exit status`, imported only when asked for. No work is done here.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+COMMANDS = {
+    "lab": ("lora_edu.lab", "open the chapters in JupyterLab, as copies of your own"),
+    "doctor": ("lora_edu.doctor", "say what this machine has and which chapters can run on it"),
+    "data": ("lora_edu.data.make", "make the shipped checkpoints anew (an hour on two cores)"),
+    "delta": ("lora_edu.delta", "the spectrum of the difference between two checkpoints"),
+    "count": ("lora_edu.count", "parameters, bytes and memory of LoRA for an architecture"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns its exit status. An error that names its way out becomes one line."""
+    make_printable()
+    parser = argparse.ArgumentParser(prog="lora-edu", description="LoRA, measured: the course's commands.")
+    choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, what) in COMMANDS.items():
+        if is_there(module):
+            choices.add_parser(name, help=what, add_help=False)
+    chosen, rest = parser.parse_known_args(arguments)
+    try:
+        return import_module(COMMANDS[chosen.command][0]).main(rest) or 0
+    except (FileNotFoundError, ValueError) as error:
+        print(f"lora-edu {chosen.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def is_there(module: str) -> bool:
+    """Whether a module of ours exists, found by its file: `find_spec` would import the package above it."""
+    return Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py").is_file()
+
+
+def make_printable() -> None:
+    """Let every text be printed on any console: what it can't show becomes `?`, never an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
