@@ -1,0 +1,100 @@
+"""The mathematics of LoRA as functions of tensors: linear layer, embedding, merging.
+
+Not for state: the layers that hold the weights are in layers.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS_AT_ONCE = 2**22  # elements of ΔW computed at a time while merging: 16 MB in float32
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """h = W x + b + s · B A x: a frozen linear layer and its low-rank update (LoRA paper, eq. 3).
+
+    x: (..., in); weight W: (out, in); lora_A: (r, in); lora_B: (out, r); bias: (out,); returns (..., out).
+    `dropout` is the probability with which an entry of x is hidden from the update only. The update is
+    computed in lora_A's dtype, the result has the dtype of W x.
+    """
+    base = F.linear(x, weight, bias)
+    x = F.dropout(x, dropout) if dropout > 0 else x
+    low = F.linear(x.to(lora_A.dtype), lora_A)
+    return (base + F.linear(scaling * low, lora_B)).to(base.dtype)
+
+
+def lora_embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    deterministic: bool = False,
+) -> Tensor:
+    """out[t] = W[t] + s · A[t] Bᵀ, and W[t] alone where t is `padding_idx`.
+
+    tokens: any shape, integers below V; weight W: (V, d); lora_A: (V, r), one row a token; lora_B: (d, r);
+    returns (*tokens.shape, d). A look-up reads r + d numbers a token, whatever V is.
+
+    With the gradient G of out, row t of A receives s · Σ G B over the places where t stands (divided by their
+    number with `scale_grad_by_freq`), B receives s · Gᵀ A[tokens]; the padding row of A receives nothing.
+    With
+    `sparse` A's gradient holds only the rows that were looked up, so that a step costs the same for every V.
+    `deterministic` asks for sums in a fixed order; the path below keeps one anyway.
+    Raises IndexError for a token outside 0 … V − 1 (on a CPU).
+    """
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    base = F.embedding(tokens, weight, padding_idx, None, 2.0, scale_grad_by_freq, sparse)
+    rows = F.embedding(tokens, lora_A, None, None, 2.0, scale_grad_by_freq, sparse)
+    if padding_idx is not None:  # masks the gradient too
+        rows = rows.masked_fill((tokens == padding_idx).unsqueeze(-1), 0.0)
+    return (base + F.linear(scaling * rows, lora_B)).to(base.dtype)
+
+
+def clip_norm(rows: Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Rows longer than `max_norm` scaled down to it, in a new tensor; rows: (..., d).
+
+    The same values as `torch.nn.Embedding(max_norm=…)`, which rescales its table in place.
+    """
+    norms = rows.norm(norm_type, dim=-1, keepdim=True)
+    return torch.where(norms > max_norm, rows * (max_norm / (norms + 1e-7)), rows)
+
+
+def delta(left: Tensor, right: Tensor, scaling: float, dtype: torch.dtype | None = None) -> Tensor:
+    """ΔW = s · left right, for factors (rows, r) and (r, columns), computed in float32 at least."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return (scaling * (left.to(wide) @ right.to(wide))).to(dtype or left.dtype)
+
+
+def merged_weight(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """W + s · left right, rounded once to W's dtype, and the share of ΔW that this rounding swallowed.
+
+    weight W: (rows, columns); left: (rows, r); right: (r, columns). The share is ‖ΔW − (merged − W)‖_F /
+    ‖ΔW‖_F, 0 if ΔW is 0. Works on a few rows at a time: beside the result it needs 150 MB, not a second
+    table.
+    """
+    merged = torch.empty_like(weight)
+    wide = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
+    lost, whole = 0.0, 0.0
+    step = max(1, ROWS_AT_ONCE // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        update = delta(left[rows], right, scaling, wide)
+        before = weight[rows].to(wide)
+        merged[rows] = before + update
+        if weight.device.type != "meta":
+            lost += float((merged[rows].double() - before.double() - update).norm()) ** 2
+            whole += float(update.double().norm()) ** 2
+    return merged, (lost / whole) ** 0.5 if whole > 0 else 0.0
