@@ -1,20 +1,25 @@
 """Figures of the course: a style that colour-blind readers can tell apart, and one function a figure.
 
-A drawing function takes data and axes, returns artists, and is decorated with `@style()` so that it looks the same
-whoever calls it. No widgets, no training, no loading here.
+A drawing function takes data and axes, returns artists, and is decorated with `@style()` so that it looks the
+same whoever calls it. No widgets, no training, no loading here.
 """
 
 import base64
 import contextlib
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LightSource, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
@@ -216,3 +221,153 @@ def _notes(figure: Figure) -> list[Text]:
     texts = [text for axes in figure.get_axes() if axes.get_visible() for text in axes.texts]
     texts += [text for legend in legends if legend is not None for text in legend.get_texts()]
     return [text for text in texts if text.get_visible() and text.get_text().strip()]
+
+
+def area_in_area(axes, share: float, inner: str, outer: str) -> list:
+    """A square for what is there and in its corner one of `share` of its area (beyond 1 it sticks out)."""
+    side = share**0.5
+    whole = axes.add_patch(Rectangle((0, 0), 1, 1, facecolor="#d9d9d9", edgecolor=GREY, linewidth=0.8))
+    part = axes.add_patch(Rectangle((0, 0), side, side, facecolor=BLUE, edgecolor=BLUE, alpha=0.75))
+    axes.set(xlim=(-0.02, 1.3), ylim=(-0.02, 1.3), aspect="equal")
+    axes.set_axis_off()
+    label = axes.text(0.5, 0.87, outer, ha="center", va="center")
+    low = side > 0.8
+    other = axes.text(
+        side / 2 if low else side + 0.04,
+        side / 2 if low else min(max(side / 2, 0.05), 0.7),
+        inner,
+        ha="center" if low else "left",
+        va="center",
+        color="white" if low else BLUE,
+    )
+    return [whole, part, label, other]
+
+
+def share_of_rank(axes, ranks: Sequence[int], shares: Sequence[float], rank: int, even: float) -> list:
+    """The adapter's share of its matrix against r, both on logarithmic axes, with the break-even rank marked."""
+    lines = axes.plot(ranks, shares, color=BLUE)
+    lines.append(axes.axhline(1, color=GREY, linewidth=1, linestyle="--"))
+    lines.append(axes.axvline(even, color=VERMILION, linewidth=1, linestyle=":"))
+    lines += axes.plot(rank, shares[list(ranks).index(rank)], "o", color=BLUE, markersize=7)
+    axes.set(xscale="log", yscale="log", xlabel="rank r", ylabel="share of the matrix")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if value < 1e-3 else f"{value:.4g}")
+    return lines
+
+
+def bars(
+    axes, names: Sequence[str], values: Sequence[float], colours: Sequence[str], texts: Sequence[str]
+) -> list:
+    """Horizontal bars from the top down, each with its value written beside it."""
+    places = range(len(names))
+    drawn = axes.barh(places, values, color=colours, height=0.7)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.35 * max(values))
+    axes.grid(False, axis="y")
+    axes.bar_label(drawn, texts, padding=3, fontsize=8.5)
+    return list(drawn)
+
+
+def stacked_bars(axes, names: Sequence[str], parts: dict[str, Sequence[float]], unit: str) -> list:
+    """Horizontal bars, one a name, each a sum of the same parts; the sum's axis is in `unit`."""
+    left = np.zeros(len(names))
+    drawn = []
+    for (part, values), colour in zip(parts.items(), (GREY, VERMILION, ORANGE, SKY), strict=False):
+        drawn += axes.barh(range(len(names)), values, left=left, height=0.6, color=colour, label=part)
+        left = left + np.asarray(values)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel=unit, xlim=(0, 1.05 * left.max()))
+    axes.grid(False, axis="y")
+    return drawn
+
+
+# --- matrices as pictures and their spectra ------------------------------------------------------------
+
+
+@style()
+def picture(axes: Axes, matrix, title: str = "", low: float = 0.0, high: float = 1.0) -> AxesImage:
+    """A matrix as a grey picture without axes, `low` black and `high` white."""
+    axes.set_axis_off()
+    axes.set_title(title)
+    return axes.imshow(np.asarray(matrix), cmap="gray", vmin=low, vmax=high)
+
+
+@style()
+def relief(axes: Axes, heights, title: str = "", step: tuple[float, float] = (74.0, 93.0)) -> AxesImage:
+    """Heights in metres as hills under light from the north-west; `step`: metres between points, x and y."""
+    shaded = LightSource(azdeg=315, altdeg=45).hillshade(np.asarray(heights), dx=step[0], dy=step[1])
+    shown = picture(axes, shaded, title)
+    shown.axes.set_aspect(step[1] / step[0])
+    return shown
+
+
+@style()
+def spectrum(
+    axes: Axes, singular_values, kept: int | None = None, edge: float | None = None, most: int | None = None
+) -> list[Artist]:
+    """Singular values against their number, on a log scale: the first `kept` in blue, the rest in grey.
+
+    edge: a dashed line at the largest that noise alone would have. most: how many are drawn.
+    """
+    S = np.asarray(singular_values)[:most]
+    number = np.arange(1, len(S) + 1)
+    kept = len(S) if kept is None else kept
+    cut = axes.semilogy(number[kept:], S[kept:], ".", color=GREY, markersize=3, label="cut off")
+    stay = axes.semilogy(number[:kept], S[:kept], ".", color=BLUE, markersize=5, label="kept")
+    artists = [*stay, *cut]
+    if edge is not None:
+        artists.append(
+            axes.axhline(edge, color=VERMILION, linestyle="--", linewidth=1.2, label="noise's edge")
+        )
+    axes.set(xlabel="number k", ylabel="singular value σ$_k$")
+    return artists
+
+
+@style()
+def curves(axes: Axes, series: Mapping[str, tuple], **labels) -> list[Line2D]:
+    """Lines by name, each (x, y), with a legend where there are several; `labels` go to Axes.set."""
+    lines = [
+        line
+        for name, (x, y) in series.items()
+        for line in axes.plot(np.asarray(x), np.asarray(y), label=name)
+    ]
+    if len(series) > 1:
+        axes.legend()
+    axes.set(**labels)
+    return lines
+
+
+@style()
+def noise_histogram(axes: Axes, singular_values, density: tuple, edge: float, signal=None) -> list[Artist]:
+    """Histogram of singular values under the density that noise would have, (places, heights), and its edge.
+
+    signal: the singular values that stick out, marked by a stem each.
+    """
+    bars = axes.hist(np.asarray(singular_values), bins=40, density=True, color=SKY, label="found")[2]
+    law = axes.plot(np.asarray(density[0]), np.asarray(density[1]), color=BLACK, label="Marchenko–Pastur")
+    line = axes.axvline(edge, color=VERMILION, linestyle="--", linewidth=1.2, label="edge σ(√m + √n)")
+    artists = [*bars, *law, line]
+    if signal is not None and len(signal):
+        height = 0.12 * max(density[1])
+        artists.append(
+            axes.vlines(np.asarray(signal), 0, height, color=GREEN, linewidth=2.5, label="above it")
+        )
+    axes.set(xlabel="singular value", ylabel="density")
+    axes.legend()
+    return artists
+
+
+@style()
+def profile(axes: Axes, distance, heights: Mapping[str, Sequence], title: str = "") -> list[Line2D]:
+    """Heights along one line of a map, the first in grey and the others over it."""
+    colours = [GREY, *PALETTE]
+    lines = [
+        axes.plot(np.asarray(distance), np.asarray(values), color=colour, linewidth=width, label=name)[0]
+        for (name, values), colour, width in zip(
+            heights.items(), colours, [2.6, *[1.2] * len(heights)], strict=False
+        )
+    ]
+    axes.set(xlabel="distance (km)", ylabel="height (m)", title=title)
+    axes.legend(loc="upper right")
+    return lines
