@@ -21,6 +21,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -223,44 +224,56 @@ def _notes(figure: Figure) -> list[Text]:
     return [text for text in texts if text.get_visible() and text.get_text().strip()]
 
 
-def area_in_area(axes, share: float, inner: str, outer: str) -> list:
-    """A square for what is there and in its corner one of `share` of its area (beyond 1 it sticks out)."""
+# --- what LoRA costs ------------------------------------------------------------------------------------
+
+
+@style()
+def area_in_area(axes: Axes, share: float, inner: str, outer: str) -> list[Artist]:
+    """A square for what is there, and in its corner one of `share` of its area (beyond 1 it sticks out)."""
     side = share**0.5
+    fits = side <= 0.6
     whole = axes.add_patch(Rectangle((0, 0), 1, 1, facecolor="#d9d9d9", edgecolor=GREY, linewidth=0.8))
-    part = axes.add_patch(Rectangle((0, 0), side, side, facecolor=BLUE, edgecolor=BLUE, alpha=0.75))
+    part = axes.add_patch(Rectangle((0, 0), side, side, facecolor=BLUE, edgecolor=BLUE))
     axes.set(xlim=(-0.02, 1.3), ylim=(-0.02, 1.3), aspect="equal")
     axes.set_axis_off()
-    label = axes.text(0.5, 0.87, outer, ha="center", va="center")
-    low = side > 0.8
-    other = axes.text(
-        side / 2 if low else side + 0.04,
-        side / 2 if low else min(max(side / 2, 0.05), 0.7),
-        inner,
-        ha="center" if low else "left",
-        va="center",
-        color="white" if low else BLUE,
-    )
-    return [whole, part, label, other]
+    if fits:
+        place, look = (side + 0.04, max(side / 2, 0.08)), {"ha": "left", "color": BLUE}
+    else:
+        place, look = (side / 2, min(side, 1) / 2), {"ha": "center", "color": "white"}
+    label = axes.text(*place, inner, va="center", **look)
+    name = axes.text(0.5, 0.9, outer, ha="center", va="center", color=BLACK if side < 0.8 else "white")
+    return [whole, part, label, name]
 
 
-def share_of_rank(axes, ranks: Sequence[int], shares: Sequence[float], rank: int, even: float) -> list:
-    """The adapter's share of its matrix against r, both on logarithmic axes, with the break-even rank marked."""
-    lines = axes.plot(ranks, shares, color=BLUE)
-    lines.append(axes.axhline(1, color=GREY, linewidth=1, linestyle="--"))
-    lines.append(axes.axvline(even, color=VERMILION, linewidth=1, linestyle=":"))
-    lines += axes.plot(rank, shares[list(ranks).index(rank)], "o", color=BLUE, markersize=7)
+@style()
+def share_of_rank(
+    axes: Axes, ranks: Sequence[int], shares: Sequence[float], rank: int, even: float
+) -> list[Artist]:
+    """The adapter's share of its matrix against r, both on log scales, with the break-even rank marked."""
+    artists = axes.plot(ranks, shares, color=BLUE)
+    artists.append(axes.axhline(1, color=GREY, linewidth=1, linestyle="--"))
+    artists.append(axes.axvline(even, color=VERMILION, linewidth=1.4, linestyle=":"))
+    artists += axes.plot(rank, shares[list(ranks).index(rank)], "o", color=BLUE, markersize=7)
     axes.set(xscale="log", yscale="log", xlabel="rank r", ylabel="share of the matrix")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if value < 1e-3 else f"{value:.4g}")
-    return lines
+    plain_log(axes, (1, 10, 100, 1000), (0.0001, 0.001, 0.01, 0.1, 1))
+    return artists
 
 
+def plain_log(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    """Log scales with these ticks as plain numbers, and no others (which cost most of the drawing)."""
+    for axis, ticks in ((axes.xaxis, x), (axes.yaxis, y)):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+        axis.set_minor_locator(NullLocator())
+
+
+@style()
 def bars(
-    axes, names: Sequence[str], values: Sequence[float], colours: Sequence[str], texts: Sequence[str]
-) -> list:
+    axes: Axes, names: Sequence[str], values: Sequence[float], colours: Sequence[str], texts: Sequence[str]
+) -> list[Artist]:
     """Horizontal bars from the top down, each with its value written beside it."""
-    places = range(len(names))
-    drawn = axes.barh(places, values, color=colours, height=0.7)
-    axes.set_yticks(places, names)
+    drawn = axes.barh(range(len(names)), values, color=colours, height=0.7)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(values))
     axes.grid(False, axis="y")
@@ -268,8 +281,11 @@ def bars(
     return list(drawn)
 
 
-def stacked_bars(axes, names: Sequence[str], parts: dict[str, Sequence[float]], unit: str) -> list:
-    """Horizontal bars, one a name, each a sum of the same parts; the sum's axis is in `unit`."""
+@style()
+def stacked_bars(
+    axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str
+) -> list[Artist]:
+    """Horizontal bars from the top down, each the sum of the same (at most four) parts, in `unit`."""
     left = np.zeros(len(names))
     drawn = []
     for (part, values), colour in zip(parts.items(), (GREY, VERMILION, ORANGE, SKY), strict=False):
@@ -339,23 +355,21 @@ def curves(axes: Axes, series: Mapping[str, tuple], **labels) -> list[Line2D]:
 
 
 @style()
-def noise_histogram(axes: Axes, singular_values, density: tuple, edge: float, signal=None) -> list[Artist]:
+def noise_histogram(axes: Axes, singular_values, density: tuple, edge: float) -> list[Artist]:
     """Histogram of singular values under the density that noise would have, (places, heights), and its edge.
 
-    signal: the singular values that stick out, marked by a stem each.
+    Those above the edge are marked one by one.
     """
-    bars = axes.hist(np.asarray(singular_values), bins=40, density=True, color=SKY, label="found")[2]
-    law = axes.plot(np.asarray(density[0]), np.asarray(density[1]), color=BLACK, label="Marchenko–Pastur")
+    S, heights = np.asarray(singular_values), np.asarray(density[1])
+    bins = np.linspace(0, edge, 33)
+    bars = axes.hist(S, bins, weights=np.full(len(S), 1 / (len(S) * bins[1])), color=SKY, label="found")[2]
+    law = axes.plot(np.asarray(density[0]), heights, color=BLACK, label="noise: Marchenko–Pastur")
     line = axes.axvline(edge, color=VERMILION, linestyle="--", linewidth=1.2, label="edge σ(√m + √n)")
-    artists = [*bars, *law, line]
-    if signal is not None and len(signal):
-        height = 0.12 * max(density[1])
-        artists.append(
-            axes.vlines(np.asarray(signal), 0, height, color=GREEN, linewidth=2.5, label="above it")
-        )
+    above = S[S > edge]
+    stems = axes.vlines(above, 0, 0.2 * heights.max(), color=GREEN, linewidth=3, label="found above the edge")
     axes.set(xlabel="singular value", ylabel="density")
-    axes.legend()
-    return artists
+    axes.legend(loc="upper right")
+    return [*bars, *law, line, stems]
 
 
 @style()
