@@ -67,8 +67,8 @@ def editions(name: str, folder: Path = FOLDER) -> list[Edition]:
     if len(chapter) < len(cells):
         title = next(cell.source.splitlines()[0][2:] for cell in cells if cell.source.startswith("# "))
         head = new_markdown_cell(
-            f"# Solutions: {title}\n\nThe exercises of [{title}](../{name}.ipynb), each with an answer and why it "
-            "is right. Try them in the chapter first.",
+            f"# Solutions: {title}\n\nThe exercises of [{title}](../{name}.ipynb), each with an answer "
+            "and why it is right. Try them in the chapter first.",
             metadata={"tags": []},
         )
         solved = assemble(f"{name}-solutions", [head, *solve(cells)])
@@ -133,7 +133,7 @@ def assemble(prefix: str, cells: Sequence[NotebookNode]) -> NotebookNode:
 
 
 def run(notebook: NotebookNode, threads: int = 1) -> NotebookNode:
-    """Run a notebook in a fresh kernel, in an empty folder, with nobody's IPython settings; keeps its outputs.
+    """Run a notebook in a fresh kernel, in an empty folder, with nobody's IPython settings.
 
     Live views of widgets are left out: a reader without a kernel needs the picture and text beside them.
     Raises ValueError where a cell fails or writes to stderr: the message holds the cell.
@@ -188,7 +188,7 @@ def differences(edition: Edition) -> Iterator[str]:
             if there[what] != here[what]:
                 yield f"{edition.name}, cell {number}, {what}: {there[what]!r}, in the source {here[what]!r}"
         if there.metadata != here.metadata:
-            yield f"{edition.name}, cell {number}: its tags are {there.metadata}, in the source {here.metadata}"
+            yield f"{edition.name}, cell {number}, tags: {there.metadata}, in the source {here.metadata}"
 
 
 def build(name: str, folder: Path = FOLDER) -> None:

@@ -1,0 +1,34 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation: {extension: .py, format_name: percent}
+# ---
+
+# %% [markdown]
+# # LoRA, measured
+#
+# Low-rank adaptation from the singular value decomposition to the GPU. Every number in these chapters is computed
+# on your machine while you read, with no network and no graphics card; every slider answers at once.
+#
+# You should be able to read PyTorch and remember what a matrix product is. Where to begin: at the first chapter.
+# Each one says what it needs, and ends with exercises whose checks tell you what is wrong with an answer.
+#
+# | chapter | afterwards you can | read | run |
+# | --- | --- | --- | --- |
+# | [01 · Low rank](01_low_rank.ipynb) ([solutions](solutions/01_low_rank.ipynb)) | define rank, read a spectrum, state and check Eckart–Young, tell structured matrices from random ones, know when to use a randomised SVD | 40 min | 1 min |
+# | [03 · What fine-tuning changes](03_finetuning_deltas.ipynb) ([solutions](solutions/03_finetuning_deltas.ipynb)) | compute ΔW between two checkpoints, say how much of the behaviour each rank keeps, compare runs by subspace, tell rounding and rare rows from signal, do it all on two checkpoints of your own | 50 min | 2 min |
+#
+# Opened through `make lab`, these notebooks are your own copies: change what you like. Delete one, and the next
+# start brings it back as it was.
+#
+# ## Is everything here?
+#
+# Run the cell below (Shift + Enter). It names what a chapter lacks on this machine, and how to get it.
+
+# %% tags=["nbval-ignore-output"]
+from lora_edu import doctor
+
+missing = dict(doctor.chapters(name for name, right, _ in doctor.data_files() if not right))
+for chapter, lacks in missing.items():
+    print(chapter, "can run here" if not lacks else f"lacks: {'; '.join(lacks)}")
+assert not any(missing.values())
