@@ -149,7 +149,8 @@ class LoRAEmbedding(nn.Embedding):
     - `scale_grad_by_freq`: a row's gradient is divided by how often the token occurs in the batch.
     - `sparse`: A's gradient holds only the rows looked up, so a step's cost doesn't grow with V. It needs an
       optimiser that takes sparse gradients: `pair_optimizers` picks them. Refused with `scale_grad_by_freq`,
-      as torch has no such gradient.
+      as torch has no such gradient. Not for DistributedDataParallel, which expects every parameter of a sparse
+      embedding, B too, to have a sparse gradient, and says so.
     - `check_tokens`: a token outside the vocabulary raises an IndexError that names it. Costs a pass over the
       tokens, and on a GPU a wait, so it is off unless asked for.
 

@@ -1,0 +1,323 @@
+"""LoRA for a whole model: add it to chosen layers, merge, unmerge, take it out again.
+
+Not for one layer (layers.py) and not for files (peft_format.py).
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from .layers import LoRAEmbedding, LoRALinear, MergeReport, is_conv1d, refuse_layer
+
+Target = str | re.Pattern | type
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int | Mapping[Target, int],
+    alpha: float | Mapping[Target, float],
+    targets: Target | Iterable[Target],
+    *,
+    dropout: float = 0.0,
+    rank_stabilised: bool = False,
+    sparse: bool | None = None,
+    check_tokens: bool = False,
+    lora_dtype: torch.dtype | None = None,
+    tied: str = "refuse",
+) -> nn.Module:
+    """Give LoRA to the layers that `targets` name and freeze everything else; returns the model, changed in
+    place.
+
+    A target is the end of a layer's name ("query", "0.attention.query"), a pattern ("blocks.*.query", or a
+    compiled regular expression that has to match the whole name) or a type of layer (nn.Linear). Each must
+    match something.
+    `rank` and `alpha` are one number, or a number for each target; a layer that several targets match belongs
+    to the first. `dropout` acts in linear layers; `sparse` and `check_tokens` in embeddings (LoRAEmbedding).
+
+    An embedding whose table is also the head's (tied) is refused: with LoRA on one of the two, input and
+    output would use different tables, and no single table could hold the merged one. `tied="separate"`
+    accepts that: the other keeps W, whether merged or not.
+
+    Raises ValueError or TypeError that names the layer and the reason; the model is then unchanged.
+    """
+    if tied not in ("refuse", "separate"):
+        raise ValueError(f'tied must be "refuse" or "separate"; got {tied!r}')
+    targets = [targets] if isinstance(targets, Target) else list(targets)
+    found = find_layers(model, targets)
+    for number, name in ((rank, "rank"), (alpha, "alpha")):
+        if isinstance(number, Mapping) and set(number) != set(targets):
+            raise ValueError(
+                f"{name} must have one value for each target ({_listing(targets)}); "
+                f"got values for {_listing(number)}"
+            )
+    of = lambda numbers, target: numbers[target] if isinstance(numbers, Mapping) else numbers
+
+    def build(name: str, layer: nn.Module) -> LoRALinear | LoRAEmbedding:
+        target = found[name]
+        options = {"rank_stabilised": rank_stabilised, "lora_dtype": lora_dtype}
+        if isinstance(layer, nn.Embedding):
+            options |= {"sparse": sparse, "check_tokens": check_tokens}
+            return LoRAEmbedding.from_layer(layer, of(rank, target), of(alpha, target), **options)
+        return LoRALinear.from_layer(layer, of(rank, target), of(alpha, target), dropout, **options)
+
+    return replace_layers(model, found, build, tied)
+
+
+def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> nn.Module:
+    """Put `build(name, layer)` in each named layer's place, everywhere it is used; all of them or none."""
+    model = unwrap(model)
+    layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        _refuse(model, name, layer, tied)
+    trainable = [name for name, each in _all_parameters(model) if each.requires_grad]
+    try:
+        built = {}
+        for name, layer in layers.items():
+            try:
+                built[id(layer)] = build(name, layer)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from None
+            if tied_to(
+                model, name
+            ):  # its own Parameter on the same memory: merging then leaves the other alone
+                built[id(layer)].weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    except BaseException:
+        _set_trainable(model, trainable)
+        raise
+    kept = [
+        each
+        for layer in lora_layers(model).values()
+        for each in (layer.lora_A, layer.lora_B)
+        if each.requires_grad
+    ]
+    model.requires_grad_(False)
+    for factor in kept:
+        factor.requires_grad_(True)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in built:
+                setattr(parent, name, built[id(child)])
+    model._trainable_before_lora = sorted({*trainable, *getattr(model, "_trainable_before_lora", ())})
+    return model
+
+
+def merge_lora(model: nn.Module) -> dict[str, MergeReport]:
+    """Merge every LoRA layer, or none if one refuses; what rounding swallowed and what it costs, by layer."""
+    layers, newly, reports = _some_lora(model), [], {}
+    try:
+        for name, layer in layers.items():
+            if not layer.merged:
+                newly.append(layer)
+            reports[name] = layer.merge()
+    except ValueError as error:
+        for layer in newly:
+            layer.unmerge()
+        raise ValueError(f"{name}: {error}") from None
+    return reports
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Give every layer its original weight back, bit for bit."""
+    for layer in _some_lora(model).values():
+        layer.unmerge()
+
+
+def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
+    """Put the very original modules back, trainable as they were, and forget the adapter; returns the model.
+
+    `merge=True` leaves W + ΔW in them. If one of them was tied to another layer, it is not afterwards.
+    """
+    model = unwrap(model)
+    layers = _some_lora(model)
+    if merge:
+        merge_lora(model)
+    originals = {}
+    for layer in layers.values():
+        if not merge:
+            layer.unmerge()
+        original = layer._original[0] if layer._original else _plain(layer)
+        shared = layer._original and layer.weight is not original.weight and not merge
+        if not shared:
+            original.weight = layer.weight
+        if getattr(layer, "bias", None) is not None:
+            original.bias = layer.bias
+        original.train(layer.training)
+        originals[id(layer)] = original
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in originals:
+                setattr(parent, name, originals[id(child)])
+    if "_trainable_before_lora" in vars(model):
+        _set_trainable(model, vars(model).pop("_trainable_before_lora"))
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimiser should get: those that require a gradient, each once."""
+    return [each for each in model.parameters() if each.requires_grad]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
+    """The LoRA layers of a model by name."""
+    modules = unwrap(model).named_modules()
+    return {name: each for name, each in modules if isinstance(each, LoRALinear | LoRAEmbedding)}
+
+
+def find_layers(model: nn.Module, targets: list[Target]) -> dict[str, Target]:
+    """Name → the first target that matches it, in the model's order. A target without a match is an error."""
+    if not targets:
+        raise ValueError(f"targets must name at least one layer; this model has {_offers(model)}")
+    modules = {name: each for name, each in unwrap(model).named_modules() if name}
+    if not modules:
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}; use LoRALinear or LoRAEmbedding.from_layer"
+        )
+    for target in targets:
+        if not isinstance(target, Target):
+            raise TypeError(f"a target must be a name, a pattern or a type of layer; got {target!r}")
+    hits = {
+        target: [name for name, each in modules.items() if matches(target, name, each)] for target in targets
+    }
+    for target, names in hits.items():
+        if not names:
+            raise ValueError(f"no layer matches {_show(target)}; {_near(model, target)}")
+    return {
+        name: next(t for t in targets if name in hits[t])
+        for name in modules
+        if any(name in h for h in hits.values())
+    }
+
+
+def matches(target: Target, name: str, module: nn.Module) -> bool:
+    if isinstance(target, str):
+        if any(each in target for each in "*?["):
+            return fnmatch.fnmatchcase(name, target)
+        return name == target or name.endswith(f".{target}")
+    if isinstance(target, re.Pattern):
+        return target.fullmatch(name) is not None
+    return isinstance(module, target)
+
+
+def tied_to(model: nn.Module, name: str) -> list[str]:
+    """Other places that hold the same weight as the layer `name`, as 'module.parameter'."""
+    layer = model.get_submodule(name)
+
+    def same(parameter: nn.Parameter) -> bool:
+        if parameter is layer.weight or layer.weight.is_meta or parameter.is_meta:
+            return parameter is layer.weight
+        here, there = layer.weight.data_ptr(), parameter.data_ptr()
+        return here == there != 0 and parameter.shape == layer.weight.shape
+
+    return [
+        f"{other}.{kind}" if other else kind
+        for other, module in model.named_modules()
+        if module is not layer
+        for kind, parameter in module.named_parameters(recurse=False)
+        if same(parameter)
+    ]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _refuse(model: nn.Module, name: str, layer: nn.Module, tied: str) -> None:
+    try:
+        refuse_layer(layer)
+    except TypeError as error:
+        inside = sorted({each.rpartition(".")[2] for each in _suitable(layer)} - {""})
+        hint = (
+            f"; it contains {_listing(inside)}"
+            if inside and not isinstance(layer, nn.MultiheadAttention)
+            else ""
+        )
+        raise TypeError(f"{name}: {error}{hint}") from None
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError("the model is wrapped in DistributedDataParallel; add LoRA first, then wrap it")
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TypeError(
+            f"{name}: in inference nn.TransformerEncoderLayer reads this weight without calling the layer "
+            "(its fast path), so that LoRA would be skipped; torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    others = tied_to(model, name)
+    if others and tied == "refuse":
+        raise ValueError(
+            f"{name}.weight is also {_listing(others)} (tied): with LoRA on {name} alone, the two would "
+            "no longer be the same table, nor could one table hold the merged weight. Leave it out of the targets, "
+            'or say tied="separate" to adapt it alone'
+        )
+
+
+def _some_lora(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no LoRA layer; add_lora it first")
+    return layers
+
+
+def _plain(layer: LoRALinear | LoRAEmbedding) -> nn.Module:
+    """The torch layer for a LoRA layer that was not made from one."""
+    if isinstance(layer, LoRAEmbedding):
+        options = (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse)
+        return nn.Embedding(layer.num_embeddings, layer.embedding_dim, *options, device="meta")
+    return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+
+
+def _set_trainable(model: nn.Module, names: Iterable[str]) -> None:
+    names = set(names)
+    for name, parameter in _all_parameters(model):
+        parameter.requires_grad_(name in names)
+
+
+def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Under every name that a parameter has: tied ones come several times."""
+    return model.named_parameters(remove_duplicate=False)
+
+
+def _suitable(model: nn.Module) -> Iterator[str]:
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module):
+            yield name
+
+
+def _offers(model: nn.Module) -> str:
+    names = dict.fromkeys(name.rpartition(".")[2] for name in _suitable(model))
+    return f"layers named {_listing(names)}" if names else "no linear layer and no embedding"
+
+
+def _near(model: nn.Module, target: Target) -> str:
+    if isinstance(target, type):
+        kinds = dict.fromkeys(type(unwrap(model).get_submodule(name)).__name__ for name in _suitable(model))
+        return (
+            f"this model has {_listing(kinds)}"
+            if kinds
+            else "this model has no linear layer and no embedding"
+        )
+    text = target if isinstance(target, str) else target.pattern
+    text = re.sub(r"[^\w.]+", "", text).strip(".")
+    names = list(_suitable(model))
+    ends = dict.fromkeys([name.rpartition(".")[2] for name in names] + names)
+    lowered = {each.lower(): each for each in ends}
+    close = difflib.get_close_matches(text.lower(), lowered, n=3, cutoff=0.5) + difflib.get_close_matches(
+        text.rpartition(".")[2].lower(), lowered, n=3, cutoff=0.6
+    )
+    if close:
+        return f"did you mean {_listing(dict.fromkeys(lowered[each] for each in close), ' or ')}?"
+    return f"this model has {_offers(model)}"
+
+
+def _listing(items: Iterable, joint: str = ", ") -> str:
+    shown = [_show(each) for each in items]
+    return joint.join(shown[:12]) + (f"{joint}… ({len(shown)} in all)" if len(shown) > 12 else "")
+
+
+def _show(target: Target) -> str:
+    if isinstance(target, type):
+        return target.__name__
+    return target if isinstance(target, str) else target.pattern
