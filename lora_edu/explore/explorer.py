@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 import ipywidgets as widgets
+from IPython import get_ipython
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import Bbox
@@ -71,10 +72,18 @@ class Explorer(widgets.VBox):
         self.start = self.pictures[tuple(start[name] for name in sliders)]
         self.controls = make_controls(sliders, start, texts, labels)
         pages = make_pages(self.pictures.values())
-        stack = nest(self.controls, {values: pages[picture] for values, picture in self.pictures.items()})
+        self._links: list[widgets.Widget] = []
+        by_values = {values: pages[picture] for values, picture in self.pictures.items()}
+        stack = nest(self.controls, by_values, self._links)
         name, css = make_css(texts)
         super().__init__([*self.controls, stack, css], layout=widgets.Layout(width="100%"))
         self.add_class(name)
+        replace_earlier(self)
+
+    def close(self) -> None:
+        """Takes the explorer and all its parts out of the kernel and the browser."""
+        for part in [*self._links, *parts(self)]:
+            super(Explorer, part).close() if part is self else part.close()
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         data, metadata = plots.bundle(self.start.png, self.start.sentence)
@@ -186,6 +195,7 @@ def make_controls(
     return [
         widgets.SelectionSlider(
             description=labels.get(name, name),
+            tooltip=labels.get(name, name),  # else it reads "null"
             options=list(zip(texts[name], values, strict=True)),
             value=start[name],
             style={"description_width": f"{widest:.1f}ch"},
@@ -223,7 +233,7 @@ def make_pages(pictures: Iterable[Picture]) -> dict[Picture, widgets.HTML]:
     """
     different = list(dict.fromkeys(pictures))
     lines = max(math.ceil(len(picture.sentence) / 80) for picture in different)
-    layout, style = widgets.Layout(width="100%", margin="0"), widgets.HTML().style
+    layout, style = widgets.Layout(width="100%", margin="0"), widgets.HTMLStyle()
     return {picture: widgets.HTML(page(picture, lines), layout=layout, style=style) for picture in different}
 
 
@@ -242,15 +252,47 @@ def page(picture: Picture, lines: int) -> str:
     )
 
 
-def nest(controls: Sequence[widgets.SelectionSlider], pages: Mapping[tuple, widgets.HTML]) -> widgets.Widget:
-    """A Stack for each slider, linked to it in the browser; the innermost holds the pages."""
+def nest(
+    controls: Sequence[widgets.SelectionSlider],
+    pages: Mapping[tuple, widgets.HTML],
+    links: list[widgets.Widget],
+) -> widgets.Widget:
+    """A Stack for each slider, linked to it in the browser; the innermost holds the pages. Fills `links`."""
     if not controls:
         return pages[()]
     first, *rest = controls
     inner = [
-        nest(rest, {values[1:]: page for values, page in pages.items() if values[0] == value})
+        nest(rest, {values[1:]: page for values, page in pages.items() if values[0] == value}, links)
         for _, value in first.options
     ]
     stack = widgets.Stack(inner, selected_index=first.index, layout=widgets.Layout(width="100%"))
-    widgets.jslink((first, "index"), (stack, "selected_index"))
+    links.append(widgets.jslink((first, "index"), (stack, "selected_index")))
     return stack
+
+
+def parts(widget: widgets.Widget) -> set[widgets.Widget]:
+    """The widget and all that it is made of."""
+    inner = [
+        *getattr(widget, "children", ()),
+        getattr(widget, "layout", None),
+        getattr(widget, "style", None),
+    ]
+    return {widget}.union(*(parts(part) for part in inner if isinstance(part, widgets.Widget)))
+
+
+_by_cell: dict[str, tuple[str, list[Explorer]]] = {}  # cell → (the run, its explorers)
+
+
+def replace_earlier(explorer: Explorer) -> None:
+    """Closes what an earlier run of the same cell made: JupyterLab would save it too, a megabyte a time."""
+    shell = get_ipython()
+    message = shell.get_parent() if hasattr(shell, "get_parent") else {}
+    cell = message.get("metadata", {}).get("cellId")
+    if cell is None:  # no notebook, or a front end that does not say which cell it runs
+        return
+    run, explorers = _by_cell.get(cell, (None, []))
+    if run != message["header"]["msg_id"]:
+        for earlier in explorers:
+            earlier.close()
+        explorers = []
+    _by_cell[cell] = message["header"]["msg_id"], [*explorers, explorer]

@@ -1,4 +1,4 @@
-"""JupyterLab with the course's settings and a page of it in Chromium, for browser tests and the latency benchmark.
+"""JupyterLab with the course's settings and a page of it in Chromium, for browser tests and benchmarks.
 
 It sees and turns what a reader sees and turns; it knows nothing of what the pictures show.
 """
