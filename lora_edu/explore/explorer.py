@@ -14,6 +14,7 @@ from functools import reduce
 
 import ipywidgets as widgets
 from IPython import get_ipython
+from ipywidgets.widgets.widget_string import HTMLStyle
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import Bbox
@@ -233,7 +234,7 @@ def make_pages(pictures: Iterable[Picture]) -> dict[Picture, widgets.HTML]:
     """
     different = list(dict.fromkeys(pictures))
     lines = max(math.ceil(len(picture.sentence) / 80) for picture in different)
-    layout, style = widgets.Layout(width="100%", margin="0"), widgets.HTMLStyle()
+    layout, style = widgets.Layout(width="100%", margin="0"), HTMLStyle()
     return {picture: widgets.HTML(page(picture, lines), layout=layout, style=style) for picture in different}
 
 
