@@ -64,11 +64,6 @@ def test_two_threads_and_a_readers_folder_that_is_thrown_away(tmp_path):
 
 def test_strict_nbval_finds_what_differs(tmp_path):
     """Another number, a warning, output that was not stored, output that comes no more."""
-    output = check(
-        tmp_path,
-        ("print(2)", "1\n"),
-        ("import warnings; warnings.warn('x')", ""),
-        ("print(1)", ""),
-        ("", "1\n"),
-    )
+    warning = "import warnings; warnings.warn('x')"
+    output = check(tmp_path, ("print(2)", "1\n"), (warning, ""), ("print(1)", ""), ("", "1\n"))
     assert "4 failed" in output, output
