@@ -1,0 +1,83 @@
+"""The repository's data/ by name, each file checked against MANIFEST.json before it is used.
+
+Nothing here makes data: `lora_edu.data.make` does.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_safetensors
+
+from lora_edu.paths import REPOSITORY
+
+_BACK = "`git checkout -- data` brings it back, or `make data` makes it anew"
+
+
+def data_folder() -> Path:
+    """The folder of the shipped data: the repository's data/, or what LORA_EDU_DATA names."""
+    return Path(os.environ.get("LORA_EDU_DATA") or REPOSITORY / "data")
+
+
+def manifest(folder: Path | None = None) -> dict:
+    """MANIFEST.json as a dictionary: files (name → sha256, bytes, how made), losses, versions, command.
+
+    Raises FileNotFoundError or ValueError where it is missing or no JSON.
+    """
+    path = (folder or data_folder()) / "MANIFEST.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {_BACK}; LORA_EDU_DATA names another folder") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {_BACK}") from None
+
+
+def data_file(name: str) -> Path:
+    """The path of a shipped file, after its size and checksum were found right.
+
+    Raises KeyError for a name that is not shipped, FileNotFoundError for a missing file, ValueError for a damaged one.
+    """
+    folder = data_folder()
+    files = manifest(folder)["files"]
+    if name not in files:
+        raise KeyError(f"{name!r} is no shipped file; there are: {', '.join(sorted(files))}")
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"data/{name} is missing (looked in {folder}): {_BACK}")
+    about = path.stat()
+    _check(path, about.st_size, about.st_mtime_ns, files[name]["bytes"], files[name]["sha256"])
+    return path
+
+
+@cache
+def _check(path: Path, size: int, changed: int, expected_size: int, expected_sha256: str) -> None:
+    if size != expected_size:
+        raise ValueError(f"data/{path.name} is damaged: {size} bytes, MANIFEST.json says {expected_size}. {_BACK}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != expected_sha256:
+        raise ValueError(
+            f"data/{path.name} is damaged: sha256 {digest[:12]}…, MANIFEST.json says {expected_sha256[:12]}…. {_BACK}"
+        )
+
+
+def load_checkpoint(name: str, dtype: torch.dtype | None = torch.float32) -> dict[str, torch.Tensor]:
+    """A shipped checkpoint as a state dict, by name without ending ("base", "reference_seed_0", …).
+
+    dtype: what floating-point tensors are turned into; None leaves them as stored (half precision).
+    """
+    tensors = load_safetensors(data_file(f"{name}.safetensors").read_bytes())
+    return tensors if dtype is None else {key: value.to(dtype) for key, value in tensors.items()}
+
+
+def check_all() -> Iterator[tuple[str, bool, str]]:
+    """(name, whether it is right, what is wrong or its size) for every file of the manifest."""
+    for name in manifest()["files"]:
+        try:
+            yield name, True, f"{data_file(name).stat().st_size:,} bytes"
+        except (OSError, ValueError) as error:
+            yield name, False, str(error)

@@ -1,0 +1,32 @@
+"""Where files go: the repository's own folders, and the reader's folder, the only place that notebooks write to."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def user_folder(*below: str) -> Path:
+    """The reader's folder (LORA_EDU_HOME, or the system's usual place for user data), made if need be."""
+    folder = Path(os.environ.get("LORA_EDU_HOME") or platformdirs.user_data_path("lora-edu")).joinpath(*below)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the file, then put it in its place: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
