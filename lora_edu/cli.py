@@ -14,7 +14,7 @@ COMMANDS = {
     "doctor": ("lora_edu.doctor", "say what this machine has and which chapters can run on it"),
     "data": ("lora_edu.data.make", "make the shipped checkpoints anew (an hour on two cores)"),
     "delta": ("lora_edu.delta", "the spectrum of the difference between two checkpoints"),
-    "count": ("lora_edu.count", "parameters, bytes and memory of LoRA for an architecture"),
+    "count": ("lora_edu.counting", "parameters, bytes and FLOPs of LoRA on a model's real shapes"),
 }
 
 

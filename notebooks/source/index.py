@@ -13,10 +13,11 @@
 # You should be able to read PyTorch and remember what a matrix product is. Where to begin: at the first chapter.
 # Each one says what it needs, and ends with exercises whose checks tell you what is wrong with an answer.
 #
-# | chapter | afterwards you can | read | run |
-# | --- | --- | --- | --- |
-# | [01 · Low rank](01_low_rank.ipynb) ([solutions](solutions/01_low_rank.ipynb)) | define rank, read a spectrum, state and check Eckart–Young, tell structured matrices from random ones, know when to use a randomised SVD | 40 min | 1 min |
-# | [03 · What fine-tuning changes](03_finetuning_deltas.ipynb) ([solutions](solutions/03_finetuning_deltas.ipynb)) | compute ΔW between two checkpoints, say how much of the behaviour each rank keeps, compare runs by subspace, tell rounding and rare rows from signal, do it all on two checkpoints of your own | 50 min | 2 min |
+# | chapter | afterwards you can |
+# | --- | --- |
+# | [01 · Low rank](01_low_rank.ipynb) ([solutions](solutions/01_low_rank.ipynb)) | define rank, read a spectrum, state and check Eckart–Young, tell structured matrices from random ones, know when to use a randomised SVD |
+# | [03 · What fine-tuning changes](03_finetuning_deltas.ipynb) ([solutions](solutions/03_finetuning_deltas.ipynb)) | compute ΔW between two checkpoints, say how much of the behaviour each rank keeps, compare runs by subspace, tell rounding and rare rows from signal, do it all on two checkpoints of your own |
+# | [04 · Counting](04_counting.ipynb) ([solutions](solutions/04_counting.ipynb)) | count the parameters, bytes and FLOPs of LoRA for any shape and rank, find the rank from which on it saves nothing, recompute the LoRA paper's counts, predict the memory of a training step and check it |
 #
 # Opened through `make lab`, these notebooks are your own copies: change what you like. Delete one, and the next
 # start brings it back as it was.
