@@ -23,6 +23,11 @@ def data_folder() -> Path:
     return Path(os.environ.get("LORA_EDU_DATA") or REPOSITORY / "data")
 
 
+def use_folder(folder: Path) -> None:
+    """Read shipped files of this process from another folder."""
+    os.environ["LORA_EDU_DATA"] = str(folder)
+
+
 def manifest(folder: Path | None = None) -> dict:
     """MANIFEST.json as a dictionary: files (name → sha256, bytes, how made), losses, versions, command.
 

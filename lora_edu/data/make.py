@@ -1,0 +1,283 @@
+"""`make data`: everything in data/, made from text that every reader has, in stages that resume.
+
+Stages: tokenizer, base, full tuning (learning rate chosen on validation text, two seeds), the same under SGD, the
+planted rank, losses beside n-gram baselines, manifest. Training itself is training.py's.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as save_safetensors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_edu.data import corpus, ngrams, shipped
+from lora_edu.paths import user_folder, write_atomically
+from lora_edu.tinylm import TinyLM
+from lora_edu.training import Batches, evaluate, fit
+
+LAYERS = 6
+BASE_STEPS, BASE_RATE = 3200, 4e-3
+TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3)
+SGD_RATES = (0.3, 1.0)
+PLANTED = {"matrix": "blocks.3.mlp.up.weight", "rank": 2, "relative_norm": 0.5, "steps": 400, "rate": 1e-3}
+STAGES = ("tokenizer", "base", "tune", "sgd", "planted", "losses")
+
+
+class Maker:
+    """The stages, each a method that leaves its files and facts in `out` and can be run again for nothing.
+
+    out: where the shipped files go. work: checkpoints of unfinished runs. scale: factor on all step counts, for tests.
+    """
+
+    def __init__(self, out: Path, work: Path, scale: float = 1.0):
+        self.out, self.work, self.scale = out, work, scale
+
+    def steps(self, number: int) -> int:
+        return max(3, round(number * self.scale))
+
+    def run(self, until: str = STAGES[-1]) -> None:
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            began = time.monotonic()
+            if self.facts().get(stage) is None:
+                print(f"{stage} …", flush=True)
+                facts = getattr(self, stage)()
+                self.record(stage, facts | {"seconds": round(time.monotonic() - began)})
+            print(f"{stage}: {json.dumps(self.facts()[stage])}", flush=True)
+
+    # ---- stages ------------------------------------------------------------------------------------------------
+
+    def tokenizer(self) -> dict:
+        """Byte-level BPE, 10 000 tokens, trained on the training splits of code and reference."""
+        splits = corpus.clean_splits()
+        texts = [text for name in ("code", "reference") for text in splits[name][0]["train"]]
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=10_000,
+            special_tokens=[corpus.END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        write_atomically(self.out / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
+        self.describe("tokenizer.json", "byte-level BPE trained on the training splits of code and reference")
+        return {"vocabulary": tokenizer.get_vocab_size()}
+
+    def base(self) -> dict:
+        """Pre-train on code; ship in half precision."""
+        code = corpus.load_corpus("code")
+        torch.manual_seed(0)
+        model = TinyLM(layers=LAYERS)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+        history = fit(
+            model,
+            Batches(code.train, seed=0),
+            optimizer,
+            self.steps(BASE_STEPS),
+            held_out=lambda m: evaluate(m, code.validation[:20_000]),
+            evaluate_every=200,
+            checkpoint=self.work / "base.safetensors",
+            progress="pre-training on code",
+        )
+        self.ship("base", model.state_dict(), "pre-trained on code, float16")
+        return self.summary(history) | {"learning_rate": BASE_RATE, "batch": "16 × 256"}
+
+    def tune(self) -> dict:
+        """Full tuning on the reference text from the base as shipped: the rate on validation text, then a second seed."""
+        trials = {rate: self._tune(f"tune_{rate}", rate, seed=0) for rate in TUNE_RATES}
+        rate = min(trials, key=lambda r: trials[r][1]["held_out"][-1][1])
+        second = self._tune("tune_seed_1", rate, seed=1)
+        for seed, (delta, _) in enumerate((trials[rate], second)):
+            self.ship(f"reference_seed_{seed}", delta, f"ΔW of full tuning on reference, seed {seed}, float16")
+        return {
+            "learning_rate": rate,
+            "trials": {str(r): facts for r, (_, facts) in trials.items()},
+            "seed_1": second[1],
+        }
+
+    def sgd(self) -> dict:
+        """The same tuning under SGD with momentum 0.9; ships the head's ΔW alone."""
+        trials = {rate: self._tune(f"sgd_{rate}", rate, seed=0, sgd=True) for rate in SGD_RATES}
+        rate = min(trials, key=lambda r: trials[r][1]["held_out"][-1][1])
+        delta = trials[rate][0]
+        self.ship("head_sgd", {"head.weight": delta["head.weight"]}, "the head's ΔW of full tuning with SGD, float16")
+        test = self._test_loss(delta)
+        return {"learning_rate": rate, "test": test, "trials": {str(r): facts for r, (_, facts) in trials.items()}}
+
+    def planted(self) -> dict:
+        """Add a known low-rank ΔW to one matrix of the base, then tune that matrix's whole block towards the result.
+
+        The student minimises KL(teacher ‖ student) on code, all matrices of the block free, the rest frozen.
+        """
+        base = shipped.load_checkpoint("base")
+        name, rank = PLANTED["matrix"], PLANTED["rank"]
+        generator = torch.Generator().manual_seed(0)
+        rows, columns = base[name].shape
+        left = torch.linalg.qr(torch.randn(rows, rank, generator=generator)).Q
+        right = torch.linalg.qr(torch.randn(columns, rank, generator=generator)).Q
+        planted = left @ right.T  # two equal singular values
+        planted *= PLANTED["relative_norm"] * base[name].norm() / planted.norm()
+        planted = planted.half().float()
+        teacher = TinyLM.from_state_dict(base | {name: base[name] + planted}).eval()
+        student = TinyLM.from_state_dict(base)
+        block = name.rsplit(".", 3)[0] + "."
+        for parameter_name, parameter in student.named_parameters():
+            parameter.requires_grad_(parameter_name.startswith(block) and parameter.dim() == 2)
+        free = [p for p in student.parameters() if p.requires_grad]
+        code = corpus.load_corpus("code")
+
+        def divergence(model, inputs: Tensor, targets: Tensor) -> Tensor:
+            with torch.no_grad():
+                aim = teacher(inputs).log_softmax(-1)
+            return F.kl_div(model(inputs).log_softmax(-1), aim, log_target=True, reduction="none").sum(-1).mean()
+
+        history = fit(
+            student,
+            Batches(code.train, batch=4, seed=1),
+            torch.optim.AdamW(free, lr=PLANTED["rate"], weight_decay=0.0),
+            self.steps(PLANTED["steps"]),
+            loss=divergence,
+            checkpoint=self.work / "planted.safetensors",
+            progress="tuning towards the planted model",
+        )
+        after = student.state_dict()
+        delta = {key: after[key] - base[key] for key in after if key.startswith(block) and after[key].dim() == 2}
+        self.ship("planted", delta | {"planted": planted}, "tuned towards a planted rank-2 ΔW (KL), float16")
+        return self.summary(history) | PLANTED
+
+    def losses(self) -> dict:
+        """Held-out loss of base, tuned models and n-grams, on code and reference: nats a token and bits a byte."""
+        base = shipped.load_checkpoint("base")
+        table: dict[str, dict[str, list[float]]] = {}
+        for name in ("code", "reference"):
+            text = corpus.load_corpus(name)
+            rows = ngrams.baselines(text.train, text.test, vocabulary=10_000)
+            if name == "reference":
+                rows = {f"{key}, trained on reference": value for key, value in rows.items()}
+            for model in ("base", "reference_seed_0", "reference_seed_1"):
+                state = base if model == "base" else add(base, shipped.load_checkpoint(model))
+                rows[model] = evaluate(TinyLM.from_state_dict(state), text.test)
+            table[name] = {key: [round(nats, 4), round(text.bits_per_byte(nats), 4)] for key, nats in rows.items()}
+        return {"nats a token, bits a byte": table}
+
+    # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _tune(self, label: str, rate: float, seed: int, sgd: bool = False) -> tuple[dict[str, Tensor], dict]:
+        """(ΔW of every parameter, facts of the run); a finished run is read from its checkpoint."""
+        base = shipped.load_checkpoint("base")
+        model = TinyLM.from_state_dict(base)
+        reference = corpus.load_corpus("reference")
+        if sgd:
+            optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+        else:  # no weight decay: it would add a multiple of W itself, of full rank, to ΔW
+            optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+        history = fit(
+            model,
+            Batches(reference.train, seed=seed),
+            optimizer,
+            self.steps(TUNE_STEPS),
+            held_out=lambda m: evaluate(m, reference.validation),
+            evaluate_every=50,
+            checkpoint=self.work / f"{label}.safetensors",
+            progress=label,
+        )
+        after = model.state_dict()
+        return {name: after[name] - base[name] for name in after}, self.summary(history)
+
+    def _test_loss(self, delta: dict[str, Tensor]) -> float:
+        state = add(shipped.load_checkpoint("base"), delta)
+        return round(evaluate(TinyLM.from_state_dict(state), corpus.load_corpus("reference").test), 4)
+
+    @staticmethod
+    def summary(history) -> dict:
+        return {
+            "steps": len(history.steps),
+            "tokens": history.tokens,
+            "training_seconds": round(history.seconds),
+            "last_loss": round(sum(row["loss"] for row in history.steps[-20:]) / len(history.steps[-20:]), 4),
+            "held_out": [[step, round(loss, 4)] for step, loss in history.held_out],
+        }
+
+    def ship(self, name: str, tensors: dict[str, Tensor], made: str) -> None:
+        """Write tensors in half precision as NAME.safetensors and enter the file into the manifest."""
+        half = {key: value.detach().half().contiguous().clone() for key, value in sorted(tensors.items())}
+        for key, value in half.items():
+            if not value.isfinite().all():
+                raise FloatingPointError(f"{name}: {key} does not fit into half precision")
+        write_atomically(self.out / f"{name}.safetensors", save_safetensors(half, {"made": made}))
+        self.describe(f"{name}.safetensors", made)
+
+    def describe(self, file: str, made: str) -> None:
+        data = (self.out / file).read_bytes()
+        entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "made": made}
+        self._edit(lambda manifest: manifest["files"].update({file: entry}))
+
+    def record(self, stage: str, facts: dict) -> None:
+        self._edit(lambda manifest: manifest["stages"].update({stage: facts}))
+
+    def facts(self) -> dict:
+        return self._manifest()["stages"]
+
+    def _manifest(self) -> dict:
+        path = self.out / "MANIFEST.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        versions = {name: version(name).partition("+")[0] for name in ("torch", "numpy", "matplotlib", "tokenizers")}
+        return {
+            "command": "make data",
+            "date": date.today().isoformat(),
+            "versions": {"python": platform.python_version(), **versions},
+            "threads": torch.get_num_threads(),
+            "files": {},
+            "stages": {},
+        }
+
+    def _edit(self, change: Callable[[dict], object]) -> None:
+        manifest = self._manifest()
+        change(manifest)
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(self.out / "MANIFEST.json", text.encode())
+
+
+def add(base: dict[str, Tensor], delta: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W_o + ΔW for the names that ΔW has; the others unchanged."""
+    return base | {name: base[name] + change for name, change in delta.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`lora-edu data`: rebuild the shipped data, going on where an earlier run stopped."""
+    parser = argparse.ArgumentParser(prog="lora-edu data", description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=shipped.data_folder(), help="where the files go (default: data/)")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run left and begin again")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on all step counts (a trial run: 0.01)")
+    arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    work = user_folder("make", hashlib.sha256(str(arguments.out.resolve()).encode()).hexdigest()[:8])
+    if arguments.fresh:
+        for path in [*work.glob("*.safetensors"), arguments.out / "MANIFEST.json"]:
+            path.unlink(missing_ok=True)
+    torch.set_num_threads(2)
+    shipped.use_folder(arguments.out)
+    try:
+        Maker(arguments.out, work, arguments.scale).run(arguments.until)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
