@@ -906,7 +906,7 @@ def published_counts() -> list[Published]:
             lora("DeBERTa-XXL", 8),
             note="appendix D.2 says r = 8; the authors' scripts (examples/NLU) set r = 16",
         ),
-        row("its code, examples/NLU", "DeBERTa-XXL, r = 16", 4.7, lora("DeBERTa-XXL", 16)),
+        row("LoRA code, examples/NLU", "DeBERTa-XXL, r = 16", 4.7, lora("DeBERTa-XXL", 16)),
         row(
             f"{_LORA}, table 3",
             "GPT-2 M, r = 4",
@@ -993,7 +993,7 @@ def published_counts() -> list[Published]:
             note="weights, gradients and two states in 16 bits; how 1.2 TB divides is not said",
         ),
         row(
-            "its code, README",
+            "LoRA code, README",
             "RoBERTa base, r = 8",
             0.8,
             lora("RoBERTa base", 8),
@@ -1015,12 +1015,14 @@ def published_counts() -> list[Published]:
 
 def published_table() -> str:
     """`published_counts` as text: what is printed, what the settings give, and why not where they differ."""
-    lines = []
+    lines = [f"{'where':<24}{'what':<32}{'printed':>13}{'counted':>14}"]
     for row in published_counts():
-        verdict = "equal" if row.reproduced else f"not equal: {row.note}"
-        lines.append(f"{row.source:<27}{row.what:<34}{row.printed:>13}{row.ours:>15}  {verdict}")
-    head = f"{'where':<27}{'what':<34}{'printed':>13}{'counted':>15}"
-    return "\n".join([head, *lines])
+        lines.append(
+            f"{row.source:<24}{row.what:<32}{row.printed:>13}{row.ours:>14}  {'=' if row.reproduced else '≠'}"
+        )
+        if not row.reproduced:
+            lines.append(f"    why not: {row.note}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -234,7 +234,7 @@ def area_in_area(axes: Axes, share: float, inner: str, outer: str) -> list[Artis
     fits = side <= 0.6
     whole = axes.add_patch(Rectangle((0, 0), 1, 1, facecolor="#d9d9d9", edgecolor=GREY, linewidth=0.8))
     part = axes.add_patch(Rectangle((0, 0), side, side, facecolor=BLUE, edgecolor=BLUE))
-    axes.set(xlim=(-0.02, 1.3), ylim=(-0.02, 1.3), aspect="equal")
+    axes.set(xlim=(-0.02, 1.45), ylim=(-0.02, 1.45), aspect="equal")
     axes.set_axis_off()
     if fits:
         place, look = (side + 0.04, max(side / 2, 0.08)), {"ha": "left", "color": BLUE}
@@ -298,6 +298,18 @@ def stacked_bars(
     return drawn
 
 
+@style()
+def stacked_panels(panels: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str) -> Figure:
+    """Side by side, stacked bars for each panel: title → name of the bar → part → value."""
+    made, row = subplots(1, len(panels), size=(7.2, 2.5), squeeze=False)
+    for axes, (title, ways) in zip(row[0], panels.items(), strict=True):
+        parts = {part: [way[part] for way in ways.values()] for part in next(iter(ways.values()))}
+        stacked_bars(axes, list(ways), parts, unit)
+        axes.set_title(title)
+    made.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside lower center")
+    return made
+
+
 # --- matrices as pictures and their spectra ------------------------------------------------------------
 
 
@@ -320,11 +332,17 @@ def relief(axes: Axes, heights, title: str = "", step: tuple[float, float] = (74
 
 @style()
 def spectrum(
-    axes: Axes, singular_values, kept: int | None = None, edge: float | None = None, most: int | None = None
+    axes: Axes,
+    singular_values,
+    kept: int | None = None,
+    edge: float | None = None,
+    most: int | None = None,
+    edge_name: str = "edge of noise",
+    **labels,
 ) -> list[Artist]:
     """Singular values against their number, on a log scale: the first `kept` in blue, the rest in grey.
 
-    edge: a dashed line at the largest that noise alone would have. most: how many are drawn.
+    edge: a dashed line at the largest that noise alone would have. most: how many are drawn. `labels` go to Axes.set.
     """
     S = np.asarray(singular_values)[:most]
     number = np.arange(1, len(S) + 1)
@@ -333,43 +351,58 @@ def spectrum(
     stay = axes.semilogy(number[:kept], S[:kept], ".", color=BLUE, markersize=5, label="kept")
     artists = [*stay, *cut]
     if edge is not None:
-        artists.append(
-            axes.axhline(edge, color=VERMILION, linestyle="--", linewidth=1.2, label="noise's edge")
-        )
-    axes.set(xlabel="number k", ylabel="singular value σ$_k$")
+        artists.append(axes.axhline(edge, color=VERMILION, linestyle="--", linewidth=1.2, label=edge_name))
+        axes.legend(handles=artists[-1:], loc="upper right")
+    axes.set(**{"xlabel": "number k", "ylabel": "singular value σ$_k$"} | labels)
     return artists
 
 
 @style()
 def curves(axes: Axes, series: Mapping[str, tuple], **labels) -> list[Line2D]:
-    """Lines by name, each (x, y), with a legend where there are several; `labels` go to Axes.set."""
-    lines = [
-        line
-        for name, (x, y) in series.items()
-        for line in axes.plot(np.asarray(x), np.asarray(y), label=name)
-    ]
+    """Lines by name, each (x, y), with a legend where there are several; `labels` go to Axes.set.
+
+    A y of two axes is several lines of one name, a column each.
+    """
+    drawn = []
+    for (name, (x, y)), colour in zip(series.items(), itertools.cycle(PALETTE), strict=False):
+        lines = axes.plot(np.asarray(x), np.asarray(y), color=colour)
+        lines[0].set_label(name)
+        drawn += lines
     if len(series) > 1:
         axes.legend()
     axes.set(**labels)
-    return lines
+    return drawn
 
 
 @style()
-def noise_histogram(axes: Axes, singular_values, density: tuple, edge: float) -> list[Artist]:
+def mark_level(axes: Axes, y: float, text: str, x: float = 1.0) -> list[Artist]:
+    """A dashed horizontal line and what it means, written above it and ending at the share `x` of the width."""
+    line = axes.axhline(y, color=GREY, linestyle="--", linewidth=1)
+    note = axes.annotate(
+        text, (x, y), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right"
+    )
+    return [line, note]
+
+
+@style()
+def noise_histogram(axes: Axes, singular_values, density: tuple, edge: float, **labels) -> list[Artist]:
     """Histogram of singular values under the density that noise would have, (places, heights), and its edge.
 
-    Those above the edge are marked one by one.
+    Those above the edge are marked one by one. `labels` go to Axes.set.
     """
     S, heights = np.asarray(singular_values), np.asarray(density[1])
     bins = np.linspace(0, edge, 33)
     bars = axes.hist(S, bins, weights=np.full(len(S), 1 / (len(S) * bins[1])), color=SKY, label="found")[2]
     law = axes.plot(np.asarray(density[0]), heights, color=BLACK, label="noise: Marchenko–Pastur")
     line = axes.axvline(edge, color=VERMILION, linestyle="--", linewidth=1.2, label="edge σ(√m + √n)")
+    artists = [*bars, *law, line]
     above = S[S > edge]
-    stems = axes.vlines(above, 0, 0.2 * heights.max(), color=GREEN, linewidth=3, label="found above the edge")
-    axes.set(xlabel="singular value", ylabel="density")
+    if above.size:
+        height = 0.2 * heights.max()
+        artists.append(axes.vlines(above, 0, height, color=GREEN, linewidth=3, label="found above the edge"))
     axes.legend(loc="upper right")
-    return [*bars, *law, line, stems]
+    axes.set(**{"xlabel": "singular value", "ylabel": "density"} | labels)
+    return artists
 
 
 @style()
