@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LightSource, to_rgb
 from matplotlib.figure import Figure
@@ -262,9 +263,14 @@ def share_of_rank(
 def plain_log(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     """Log scales with these ticks as plain numbers, and no others (which cost most of the drawing)."""
     for axis, ticks in ((axes.xaxis, x), (axes.yaxis, y)):
-        axis.set_major_locator(FixedLocator(ticks))
-        axis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
-        axis.set_minor_locator(NullLocator())
+        plain_ticks(axis, ticks)
+
+
+def plain_ticks(axis: Axis, ticks: Sequence[float]) -> None:
+    """These ticks as plain numbers on a log scale, and no others."""
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+    axis.set_minor_locator(NullLocator())
 
 
 @style()
@@ -396,7 +402,7 @@ def noise_histogram(axes: Axes, singular_values, density: tuple, edge: float, **
     law = axes.plot(np.asarray(density[0]), heights, color=BLACK, label="noise: Marchenko–Pastur")
     line = axes.axvline(edge, color=VERMILION, linestyle="--", linewidth=1.2, label="edge σ(√m + √n)")
     artists = [*bars, *law, line]
-    above = S[S > edge]
+    above = S[edge < S]
     if above.size:
         height = 0.2 * heights.max()
         artists.append(axes.vlines(above, 0, height, color=GREEN, linewidth=3, label="found above the edge"))
@@ -418,3 +424,34 @@ def profile(axes: Axes, distance, heights: Mapping[str, Sequence], title: str = 
     axes.set(xlabel="distance (km)", ylabel="height (m)", title=title)
     axes.legend(loc="upper right")
     return lines
+
+
+# --- two models and their difference ------------------------------------------------------------------
+
+
+@style()
+def heat(axes: Axes, grid, title: str, x: str, y: str) -> AxesImage:
+    """Values from 0 to 1 at places counted from 1, the first row at the top."""
+    values = np.asarray(grid)
+    axes.grid(False)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    extent = (0.5, values.shape[1] + 0.5, values.shape[0] + 0.5, 0.5)
+    return axes.imshow(values, vmin=0, vmax=1, extent=extent, aspect="auto")
+
+
+@style()
+def norm_against_count(axes: Axes, counts, norms: Mapping[str, Sequence[float]], **labels) -> list[Line2D]:
+    """Row norm of an update against how often the row's token occurs, a dot a token; count 0 stands at 0.5."""
+    x = np.maximum(np.asarray(counts, float), 0.5)
+    drawn = []
+    for (name, y), colour in zip(norms.items(), PALETTE, strict=False):
+        drawn += axes.loglog(x, np.asarray(y), ".", color=colour, markersize=2, alpha=0.35, label=name)
+    legend = axes.legend(markerscale=5)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+    axes.set(
+        **{"xlabel": "times the token occurs in the tuning text", "ylabel": "norm of its row of ΔW"} | labels
+    )
+    plain_ticks(axes.xaxis, (0.5, 1, 10, 100, 1000, 10_000))
+    axes.xaxis.set_major_formatter(FixedFormatter(["never", "1", "10", "100", "1,000", "10,000"]))
+    return drawn

@@ -17,7 +17,9 @@ class TinyLM(nn.Module):
     head of its own (not tied to the embedding). Linear layers of the blocks have biases, the head has none.
     """
 
-    def __init__(self, vocabulary: int = 10_000, width: int = 100, layers: int = 4, heads: int = 5, context: int = 256):
+    def __init__(
+        self, vocabulary: int = 10_000, width: int = 100, layers: int = 4, heads: int = 5, context: int = 256
+    ):
         super().__init__()
         if width % heads or (width // heads) % 2:
             raise ValueError(

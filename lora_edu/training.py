@@ -105,7 +105,9 @@ def fit(
     if checkpoint is not None and checkpoint.is_file():
         start, history, best = _resume(checkpoint, model, optimizer)
     label = progress if isinstance(progress, str) else "training"
-    bar = tqdm(total=steps, initial=start, desc=label, disable=progress is False, leave=False, mininterval=0.5)
+    bar = tqdm(
+        total=steps, initial=start, desc=label, disable=progress is False, leave=False, mininterval=0.5
+    )
     saved = time.monotonic()
     step = start
     model.train()
@@ -133,7 +135,9 @@ def fit(
             history.seconds += time.monotonic() - began
             history.tokens += targets.numel()
             bar.update()
-            bar.set_postfix_str(f"loss {value.item():.3f}, {history.tokens_per_second:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {value.item():.3f}, {history.tokens_per_second:,.0f} tokens/s", refresh=False
+            )
             if held_out is not None and (step % evaluate_every == 0 or step == steps):
                 best = _evaluate(model, held_out, history, step, patience, best)
             if checkpoint is not None and (time.monotonic() - saved > save_seconds or step == steps):
@@ -161,7 +165,9 @@ def evaluate(model: nn.Module, tokens: Tensor, context: int = 256, batch: int = 
     """
     windows = (len(tokens) - 1) // context
     if windows < 1:
-        raise ValueError(f"{len(tokens)} tokens do not fill one window of {context} tokens and the one after it")
+        raise ValueError(
+            f"{len(tokens)} tokens do not fill one window of {context} tokens and the one after it"
+        )
     was_training = model.training
     model.eval()
     inputs = tokens[: windows * context].view(windows, context)
@@ -237,7 +243,9 @@ def warm_then_linear(warm: float = 0.05) -> Callable[[float], float]:
     return factor
 
 
-def _evaluate(model, held_out, history: History, step: int, patience: int | None, best: dict | None) -> dict | None:
+def _evaluate(
+    model, held_out, history: History, step: int, patience: int | None, best: dict | None
+) -> dict | None:
     """Append the held-out loss; keep a copy of the best weights when the run may stop early."""
     history.held_out.append((step, held_out(model)))
     model.train()
@@ -251,15 +259,23 @@ def _evaluate(model, held_out, history: History, step: int, patience: int | None
     return best
 
 
-def _save(path: Path, model, optimizer, rates: list[float], step: int, history: History, best: dict | None) -> None:
+def _save(
+    path: Path, model, optimizer, rates: list[float], step: int, history: History, best: dict | None
+) -> None:
     """Everything a run needs to go on, as one safetensors file."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     state = optimizer.state_dict()
     for index, values in state["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items() if value is not None}
+        tensors |= {
+            f"optimizer.{index}.{key}": torch.as_tensor(value)
+            for key, value in values.items()
+            if value is not None
+        }
     tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
     about = {"step": step, "rates": rates, "history": vars(history)}
-    data = save_safetensors({k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"about": json.dumps(about)})
+    data = save_safetensors(
+        {k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"about": json.dumps(about)}
+    )
     write_atomically(path, data)
 
 
@@ -277,7 +293,9 @@ def _resume(path: Path, model, optimizer) -> tuple[int, History, dict | None]:
             index, _, key = rest.partition(".")
             optimizer_state.setdefault(int(index), {})[key] = value
     model.load_state_dict(model_state)
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     history = History(**about["history"])
     history.held_out = [tuple(pair) for pair in history.held_out]
     return about["step"], history, best or None

@@ -34,8 +34,23 @@ RUN = 13  # words; a held-out text that shares a run this long with training has
 # Folders of the standard library that are tests, data or tables, or that distributors package apart, so that
 # not every reader has them.
 _LEFT_OUT = frozenset(
-    "test tests site-packages dist-packages pydoc_data idlelib tkinter lib2to3 distutils ensurepip turtledemo "
-    "encodings __pycache__ __phello__ lib-dynload".split()
+    [
+        "test",
+        "tests",
+        "site-packages",
+        "dist-packages",
+        "pydoc_data",
+        "idlelib",
+        "tkinter",
+        "lib2to3",
+        "distutils",
+        "ensurepip",
+        "turtledemo",
+        "encodings",
+        "__pycache__",
+        "__phello__",
+        "lib-dynload",
+    ]
 )
 _SHARES = {"code": (0.03, 0.05), "reference": (0.04, 0.08), "manual": (0.10, 0.20)}  # validation, test
 _SHORTEST = 200  # characters; shorter docstrings are mostly one-liners
@@ -86,7 +101,9 @@ def load_corpus(name: str) -> Corpus:
     about = json.loads(facts[name])
     ids = {split: tensors[f"{name}.{split}"].long() for split in SPLITS}
     cut = {split: tuple(pair) for split, pair in about["cut"].items()}
-    return Corpus(name, **ids, tokenizer=tokenizer, bytes=about["bytes"], documents=about["documents"], cut=cut)
+    return Corpus(
+        name, **ids, tokenizer=tokenizer, bytes=about["bytes"], documents=about["documents"], cut=cut
+    )
 
 
 def load_tokenizer(path: Path | None = None) -> Tokenizer:
@@ -179,7 +196,9 @@ def _docstrings(source: str) -> Iterator[str]:
 def _code_files() -> list[tuple[str, Path]]:
     root = _library()
     _must_exist(root / "os.py")
-    return [(key, path) for key, path in _python_files(root, _LEFT_OUT) if not path.name.startswith("_sysconfig")]
+    return [
+        (key, path) for key, path in _python_files(root, _LEFT_OUT) if not path.name.startswith("_sysconfig")
+    ]
 
 
 def _package_files() -> list[tuple[str, Path]]:
@@ -187,7 +206,10 @@ def _package_files() -> list[tuple[str, Path]]:
     for package in ("numpy", "matplotlib"):
         root = _folder(package)
         _must_exist(root / "__init__.py")
-        files += [(f"{package}/{key}", path) for key, path in _python_files(root, {"tests", "testing", "__pycache__"})]
+        files += [
+            (f"{package}/{key}", path)
+            for key, path in _python_files(root, {"tests", "testing", "__pycache__"})
+        ]
     return files
 
 

@@ -100,7 +100,9 @@ class Maker:
         rate = min(trials, key=lambda r: trials[r][1]["held_out"][-1][1])
         second = self._tune("tune_seed_1", rate, seed=1)
         for seed, (delta, _) in enumerate((trials[rate], second)):
-            self.ship(f"reference_seed_{seed}", delta, f"ΔW of full tuning on reference, seed {seed}, float16")
+            self.ship(
+                f"reference_seed_{seed}", delta, f"ΔW of full tuning on reference, seed {seed}, float16"
+            )
         return {
             "learning_rate": rate,
             "trials": {str(r): facts for r, (_, facts) in trials.items()},
@@ -112,9 +114,17 @@ class Maker:
         trials = {rate: self._tune(f"sgd_{rate}", rate, seed=0, sgd=True) for rate in SGD_RATES}
         rate = min(trials, key=lambda r: trials[r][1]["held_out"][-1][1])
         delta = trials[rate][0]
-        self.ship("head_sgd", {"head.weight": delta["head.weight"]}, "the head's ΔW of full tuning with SGD, float16")
+        self.ship(
+            "head_sgd",
+            {"head.weight": delta["head.weight"]},
+            "the head's ΔW of full tuning with SGD, float16",
+        )
         test = self._test_loss(delta)
-        return {"learning_rate": rate, "test": test, "trials": {str(r): facts for r, (_, facts) in trials.items()}}
+        return {
+            "learning_rate": rate,
+            "test": test,
+            "trials": {str(r): facts for r, (_, facts) in trials.items()},
+        }
 
     def planted(self) -> dict:
         """Add a known low-rank ΔW to one matrix of the base, then tune that matrix's whole block towards the result.
@@ -141,7 +151,9 @@ class Maker:
         def divergence(model, inputs: Tensor, targets: Tensor) -> Tensor:
             with torch.no_grad():
                 aim = teacher(inputs).log_softmax(-1)
-            return F.kl_div(model(inputs).log_softmax(-1), aim, log_target=True, reduction="none").sum(-1).mean()
+            return (
+                F.kl_div(model(inputs).log_softmax(-1), aim, log_target=True, reduction="none").sum(-1).mean()
+            )
 
         history = fit(
             student,
@@ -153,7 +165,9 @@ class Maker:
             progress="tuning towards the planted model",
         )
         after = student.state_dict()
-        delta = {key: after[key] - base[key] for key in after if key.startswith(block) and after[key].dim() == 2}
+        delta = {
+            key: after[key] - base[key] for key in after if key.startswith(block) and after[key].dim() == 2
+        }
         self.ship("planted", delta | {"planted": planted}, "tuned towards a planted rank-2 ΔW (KL), float16")
         return self.summary(history) | PLANTED
 
@@ -169,7 +183,9 @@ class Maker:
             for model in ("base", "reference_seed_0", "reference_seed_1"):
                 state = base if model == "base" else add(base, shipped.load_checkpoint(model))
                 rows[model] = evaluate(TinyLM.from_state_dict(state), text.test)
-            table[name] = {key: [round(nats, 4), round(text.bits_per_byte(nats), 4)] for key, nats in rows.items()}
+            table[name] = {
+                key: [round(nats, 4), round(text.bits_per_byte(nats), 4)] for key, nats in rows.items()
+            }
         return {"nats a token, bits a byte": table}
 
     # ---- helpers -----------------------------------------------------------------------------------------------
@@ -234,7 +250,9 @@ class Maker:
         path = self.out / "MANIFEST.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
-        versions = {name: version(name).partition("+")[0] for name in ("torch", "numpy", "matplotlib", "tokenizers")}
+        versions = {
+            name: version(name).partition("+")[0] for name in ("torch", "numpy", "matplotlib", "tokenizers")
+        }
         return {
             "command": "make data",
             "date": date.today().isoformat(),
@@ -259,10 +277,16 @@ def add(base: dict[str, Tensor], delta: dict[str, Tensor]) -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> int:
     """`lora-edu data`: rebuild the shipped data, going on where an earlier run stopped."""
     parser = argparse.ArgumentParser(prog="lora-edu data", description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=shipped.data_folder(), help="where the files go (default: data/)")
+    parser.add_argument(
+        "--out", type=Path, default=shipped.data_folder(), help="where the files go (default: data/)"
+    )
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run left and begin again")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on all step counts (a trial run: 0.01)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget what an earlier run left and begin again"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on all step counts (a trial run: 0.01)"
+    )
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     work = user_folder("make", hashlib.sha256(str(arguments.out.resolve()).encode()).hexdigest()[:8])

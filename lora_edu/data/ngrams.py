@@ -17,14 +17,20 @@ def baselines(train: torch.Tensor, test: torch.Tensor, vocabulary: int) -> dict[
     counts = np.bincount(seen, minlength=vocabulary) + 1.0
     unigram = counts / counts.sum()
     pairs, pair_counts = np.unique(seen[:-1] * vocabulary + seen[1:], return_counts=True)
-    followers = np.bincount(pairs % vocabulary, minlength=vocabulary) + 1.0  # in how many contexts a token stands
+    followers = (
+        np.bincount(pairs % vocabulary, minlength=vocabulary) + 1.0
+    )  # in how many contexts a token stands
     lowest = (followers / followers.sum())[asked]
     context, word = asked[:-1], asked[1:]
     bigram = _smoothed(pairs, pair_counts, context, word, lowest[1:], vocabulary)
-    triples, triple_counts = np.unique((seen[:-2] * vocabulary + seen[1:-1]) * vocabulary + seen[2:], return_counts=True)
+    triples, triple_counts = np.unique(
+        (seen[:-2] * vocabulary + seen[1:-1]) * vocabulary + seen[2:], return_counts=True
+    )
     middle, contexts = np.unique(triples % vocabulary**2, return_counts=True)  # continuation counts of pairs
     lower = _smoothed(middle, contexts, context, word, lowest[1:], vocabulary)
-    trigram = _smoothed(triples, triple_counts, asked[:-2] * vocabulary + asked[1:-1], asked[2:], lower[1:], vocabulary)
+    trigram = _smoothed(
+        triples, triple_counts, asked[:-2] * vocabulary + asked[1:-1], asked[2:], lower[1:], vocabulary
+    )
     rows = {"unigram": unigram[asked], "bigram": bigram, "trigram": trigram}
     return {name: float(-np.log(probability).mean()) for name, probability in rows.items()}
 

@@ -62,7 +62,9 @@ def data_file(name: str) -> Path:
 @cache
 def _check(path: Path, size: int, changed: int, expected_size: int, expected_sha256: str) -> None:
     if size != expected_size:
-        raise ValueError(f"data/{path.name} is damaged: {size} bytes, MANIFEST.json says {expected_size}. {_BACK}")
+        raise ValueError(
+            f"data/{path.name} is damaged: {size} bytes, MANIFEST.json says {expected_size}. {_BACK}"
+        )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != expected_sha256:
         raise ValueError(

@@ -1,6 +1,24 @@
 """Slider explorers: one function a subject, each returns an Explorer to put last in a cell."""
 
+from lora_edu.explore.counting import Calculator, calculator, rank_and_shape, table_and_square, which_matrices
+from lora_edu.explore.deltas import rare_rows, rounding, spectra_by_kind, truncation, two_seeds
 from lora_edu.explore.explorer import Explorer
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
 
-__all__ = ["Explorer", "elevation_rank", "hidden_direction", "noisy_photograph", "photograph_rank"]
+__all__ = [
+    "Calculator",
+    "Explorer",
+    "calculator",
+    "elevation_rank",
+    "hidden_direction",
+    "noisy_photograph",
+    "photograph_rank",
+    "rank_and_shape",
+    "rare_rows",
+    "rounding",
+    "spectra_by_kind",
+    "table_and_square",
+    "truncation",
+    "two_seeds",
+    "which_matrices",
+]
