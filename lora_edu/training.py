@@ -54,8 +54,8 @@ class Batches:
         self.windows = (len(tokens) - 1) // context - 1
         if self.windows < batch:
             raise ValueError(
-                f"{len(tokens)} tokens give {max(self.windows, 0)} windows of {context}, fewer than one batch of {batch}: "
-                "use a smaller batch or context, or more text"
+                f"{len(tokens)} tokens give {max(self.windows, 0)} windows of {context}, fewer than one batch of "
+                f"{batch}: use a smaller batch or context, or more text"
             )
         self.tokens, self.batch, self.context, self.seed = tokens, batch, context, seed
         self.steps_per_epoch = self.windows // batch
@@ -125,8 +125,8 @@ def fit(
             norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else math.inf)
             if not math.isfinite(value.item()) or not math.isfinite(norm.item()):
                 raise FloatingPointError(
-                    f"step {step}: loss {value.item():.4g}, gradient norm {norm.item():.4g}. The weights are those of the "
-                    "step before. Try a smaller learning rate, a longer warm-up or a smaller `clip`."
+                    f"step {step}: loss {value.item():.4g}, gradient norm {norm.item():.4g}. The weights are those "
+                    "of the step before. Try a smaller learning rate, a longer warm-up or a smaller `clip`."
                 )
             optimizer.step()
             step += 1

@@ -34,23 +34,8 @@ RUN = 13  # words; a held-out text that shares a run this long with training has
 # Folders of the standard library that are tests, data or tables, or that distributors package apart, so that
 # not every reader has them.
 _LEFT_OUT = frozenset(
-    [
-        "test",
-        "tests",
-        "site-packages",
-        "dist-packages",
-        "pydoc_data",
-        "idlelib",
-        "tkinter",
-        "lib2to3",
-        "distutils",
-        "ensurepip",
-        "turtledemo",
-        "encodings",
-        "__pycache__",
-        "__phello__",
-        "lib-dynload",
-    ]
+    """test tests site-packages dist-packages pydoc_data idlelib tkinter lib2to3 distutils ensurepip turtledemo
+    encodings __pycache__ __phello__ lib-dynload""".split()
 )
 _SHARES = {"code": (0.03, 0.05), "reference": (0.04, 0.08), "manual": (0.10, 0.20)}  # validation, test
 _SHORTEST = 200  # characters; shorter docstrings are mostly one-liners
@@ -240,7 +225,7 @@ def _must_exist(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: this Python comes without its library's source, which the course reads as text. "
-            "Use a Python from python.org, conda or your system's full package (on Debian: apt install python3 libpython3-stdlib)."
+            "Use a Python from python.org or conda, or your system's full package (Debian: libpython3-stdlib)."
         )
 
 

@@ -95,7 +95,7 @@ class Maker:
         return self.summary(history) | {"learning_rate": BASE_RATE, "batch": "16 × 256"}
 
     def tune(self) -> dict:
-        """Full tuning on the reference text from the base as shipped: the rate on validation text, then a second seed."""
+        """Full tuning on reference from the base as shipped: the rate by validation text, then a second seed."""
         trials = {rate: self._tune(f"tune_{rate}", rate, seed=0) for rate in TUNE_RATES}
         rate = min(trials, key=lambda r: trials[r][1]["held_out"][-1][1])
         second = self._tune("tune_seed_1", rate, seed=1)
