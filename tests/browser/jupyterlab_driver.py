@@ -12,19 +12,19 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from playwright.sync_api import Browser, ElementHandle, Page, sync_playwright
+import pytest
+from playwright.sync_api import Browser, ElementHandle, TimeoutError, sync_playwright
 
+PATIENCE = 180  # seconds; a kernel takes three to start, or a hundred on a machine that is busy otherwise
 WIDTH, HEIGHT = 1000, 800  # the smallest window that nothing may be cut off in
-SETTINGS = {
-    "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True},
-    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
-}
 
 # Words of the page's console that are no fault of the notebook or of the course, each with its reason.
 HARMLESS: tuple[str, ...] = ()
+
+FAILED = pytest.StashKey[bool]()  # whether a test has failed, for the fixture that takes its last picture
 
 
 def chromium_path() -> str | None:
@@ -85,12 +85,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def jupyterlab(folder: Path, home: Path) -> Iterator[Server]:
-    """JupyterLab on the notebooks in `folder`; its own files are under `home`, the user's are not read."""
-    overrides = home / "config" / "labconfig" / "default_setting_overrides.json"
-    overrides.parent.mkdir(parents=True)
-    overrides.write_text(json.dumps(SETTINGS), encoding="utf-8")
+def lab(home: Path) -> Iterator[Server]:
+    """`lora-edu lab` as a reader starts it; all it keeps is under `home`, nothing of the user's is read."""
     own = {
+        "LORA_EDU_HOME": home / "course",
         "JUPYTER_CONFIG_DIR": home / "config",
         "JUPYTER_DATA_DIR": home / "data",
         "JUPYTER_RUNTIME_DIR": home / "runtime",
@@ -98,18 +96,15 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[Server]:
         "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces",
         "IPYTHONDIR": home / "ipython",
     }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port=0"]
-    command += [f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+    command = [sys.executable, "-m", "lora_edu.cli", "lab", "--no-browser", "--port", "0"]
+    command += ["--LabApp.expose_app_in_browser=True"]  # so that a test can ask JupyterLab what it is doing
+    home.mkdir(parents=True, exist_ok=True)
     log = home / "jupyterlab.log"
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **{name: str(path) for name, path in own.items()}},
-            stdout=output,
-            stderr=output,
-        )
+        environment = os.environ | {name: str(path) for name, path in own.items()}
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
-            yield _wait_for_server(process, home / "runtime", folder, log)
+            yield _wait_for_server(process, home / "runtime", log)
         finally:
             process.terminate()
             try:
@@ -118,13 +113,13 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[Server]:
                 process.kill()
 
 
-def _wait_for_server(process: subprocess.Popen, runtime: Path, folder: Path, log: Path) -> Server:
-    deadline = time.monotonic() + 120
+def _wait_for_server(process: subprocess.Popen, runtime: Path, log: Path) -> Server:
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         for description in runtime.glob("jpserver-*.json"):
             with contextlib.suppress(OSError, ValueError):
                 answer = json.loads(description.read_text(encoding="utf-8"))
-                server = Server(answer["url"], answer["token"], folder, log)
+                server = Server(answer["url"], answer["token"], Path(answer["root_dir"]), log)
                 server.request("GET", "api/status")
                 return server
         time.sleep(0.2)
@@ -141,24 +136,21 @@ class View:
     caption: str
 
 
-@dataclass
 class NotebookPage:
-    """One notebook open in JupyterLab, one notebook a page."""
+    """One notebook open in JupyterLab, one notebook a page. faults: what went wrong on the page, in words."""
 
-    page: Page
-    faults: list[str] = field(default_factory=list)
+    def __init__(self, browser: Browser):
+        self.faults: list[str] = []
+        self.page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+        self.page.set_default_timeout(PATIENCE * 1000)
+        self.page.on("pageerror", lambda error: self.faults.append(f"page error: {error}"))
+        self.page.on("console", self._listen)
 
-    @classmethod
-    def open(cls, browser: Browser, server: Server, name: str) -> "NotebookPage":
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-        self = cls(page)
-        page.set_default_timeout(60_000)
-        page.on("pageerror", lambda error: self.faults.append(f"page error: {error}"))
-        page.on("console", self._listen)
-        page.route(lambda url: not url.startswith((server.url, "data:", "blob:")), self._refuse)
-        page.goto(f"{server.url}lab/workspaces/auto-t/tree/{name}?reset&token={server.token}")
-        page.wait_for_function(READY)
-        return self
+    def visit(self, server: Server, name: str) -> None:
+        """Opens the notebook; returns when its kernel is there and idle."""
+        self.page.route(lambda url: not url.startswith((server.url, "data:", "blob:")), self._refuse)
+        self.page.goto(f"{server.url}lab/workspaces/auto-t/tree/{name}?reset&token={server.token}")
+        self.page.wait_for_function(READY)
 
     def _listen(self, message) -> None:
         if message.type == "error" and not any(words in message.text for words in HARMLESS):
@@ -211,13 +203,43 @@ class NotebookPage:
             **{name: tuple(x) if isinstance(x, list) else x for name, x in cell.evaluate(SEEN).items()}
         )
 
-    def press(self, cell: ElementHandle, slider: ElementHandle, key: str) -> View:
-        """What is seen after a key, once two frames have been painted."""
+    def walk(self, cell: ElementHandle) -> dict[tuple[str, ...], str]:
+        """Moves each slider by keyboard from end to end and back; returns values as read → picture as seen.
+
+        Raises AssertionError where a value's text stays, where a caption is not the alt text, and where the
+        way back shows other pictures than the way there. Leaves every slider where it was.
+        """
+        seen: dict[tuple[str, ...], str] = {}
+        for slider in self.sliders(cell):
+            place, last = (int(float(slider.get_attribute(f"aria-value{what}"))) for what in ("now", "max"))
+            self.press(cell, slider, "Home", moves=place > 0)
+            way = [self.view(cell)]
+            for key in ["ArrowRight"] * last + ["ArrowLeft"] * last:
+                way.append(self.press(cell, slider, key))
+            for view in way:
+                assert view.alt and view.alt == view.caption, f"caption is not the alt text: {view}"
+                assert seen.setdefault(view.values, view.source) == view.source, (
+                    f"two pictures: {view.values}"
+                )
+            assert len({view.values for view in way}) == last + 1, f"{last + 1} values, not all told apart"
+            assert len({view.source for view in way}) > 1, "the slider changes no picture"
+            for _ in range(place):
+                self.press(cell, slider, "ArrowRight")
+        return seen
+
+    def press(self, cell: ElementHandle, slider: ElementHandle, key: str, moves: bool = True) -> View:
+        """What is seen after a key: waits for another value and, two seconds at most, for another picture."""
+        before = cell.evaluate(SEEN)
         slider.press(key)
-        self.page.evaluate(
-            "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-        )
+        if moves:
+            self.page.wait_for_function(OTHER, arg=[cell, before, "values"])
+            with contextlib.suppress(TimeoutError):  # neighbours may share a picture
+                self.page.wait_for_function(OTHER, arg=[cell, before, "source"], timeout=2000)
         return self.view(cell)
+
+    def broken_links(self, cell: ElementHandle) -> int:
+        """How many widgets carry JupyterLab's sign for 'no kernel behind it'."""
+        return cell.evaluate(BROKEN_LINKS)
 
     def cut_off(self, cell: ElementHandle) -> list[str]:
         """What of an explorer sticks out of the page or is cropped to '…'."""
@@ -267,6 +289,14 @@ SEEN = """cell => {
   };
 }"""
 
+OTHER = f"""([cell, before, what]) => {{
+  const now = ({SEEN})(cell);
+  return now.source && String(now[what]) !== String(before[what]);
+}}"""
+
+BROKEN_LINKS = """cell => [...cell.querySelectorAll(".jupyter-widgets-disconnected")]
+  .filter(part => getComputedStyle(part, "::before").display !== "none").length"""
+
 CUT_OFF = """cell => {
   const area = cell.querySelector(".jp-Cell-outputArea");
   const box = area.getBoundingClientRect();
@@ -275,6 +305,7 @@ CUT_OFF = """cell => {
   return parts.filter(part => {
     const seen = part.getBoundingClientRect();
     const outside = seen.left < box.left - 1 || seen.right > right + 1;
-    return seen.width && (outside || part.scrollWidth > part.clientWidth + 1);
+    const cropped = !part.matches("img, .noUi-target") && part.scrollWidth > part.clientWidth + 1;
+    return seen.width && (outside || cropped);
   }).map(part => `${part.className || part.tagName}: ${part.textContent.slice(0, 60)}`);
 }"""
