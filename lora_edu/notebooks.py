@@ -48,9 +48,9 @@ class Edition:
 
 
 def names(folder: Path = FOLDER) -> list[str]:
-    """Every chapter that has a source, in reading order: the index first."""
+    """Every chapter that has a source, in reading order; the index last, since it says which of them can run."""
     found = [path.stem for path in (folder / "source").glob("*.py")]
-    return sorted(found, key=lambda name: (name != "index", name))
+    return sorted(found, key=lambda name: (name == "index", name))
 
 
 def editions(name: str, folder: Path = FOLDER) -> list[Edition]:

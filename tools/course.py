@@ -140,7 +140,7 @@ def install(python, own):
 
 
 def run_logged(command, log):
-    """Run pip into a log and return its exit status; of its lines only the large downloads are shown."""
+    """Run pip into a log and return its exit status; of its lines only those that take long are shown."""
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=str(REPOSITORY)
@@ -150,6 +150,8 @@ def run_logged(command, log):
             file.write(line)
             if re.search(r"Downloading .*\((\d{2,}(\.\d+)? MB|.* GB)\)", line):
                 say("  " + line.strip())
+            if line.startswith("Installing collected packages"):
+                say(f"  Installing {line.count(',') + 1} packages")
         return process.wait()
 
 
