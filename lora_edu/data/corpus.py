@@ -35,7 +35,7 @@ RUN = 13  # words; a held-out text that shares a run this long with training has
 # not every reader has them.
 _LEFT_OUT = frozenset(
     """test tests site-packages dist-packages pydoc_data idlelib tkinter lib2to3 distutils ensurepip turtledemo
-    encodings __pycache__ __phello__ lib-dynload""".split()
+    encodings __pycache__ __phello__ lib-dynload""".split()  # noqa: SIM905
 )
 _SHARES = {"code": (0.03, 0.05), "reference": (0.04, 0.08), "manual": (0.10, 0.20)}  # validation, test
 _SHORTEST = 200  # characters; shorter docstrings are mostly one-liners

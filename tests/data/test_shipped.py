@@ -1,0 +1,80 @@
+"""What ships: found by name, checked, and a missing or damaged file says which and how to get it back."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lora_edu.data import load_checkpoint, shipped
+from lora_edu.tinylm import TinyLM
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    shutil.copytree(shipped.data_folder(), tmp_path / "data")
+    monkeypatch.setenv("LORA_EDU_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def test_every_file_is_as_the_manifest_says_and_together_they_are_small():
+    found = list(shipped.check_all())
+    assert found and all(right for _, right, _ in found), found
+    assert sum(entry["bytes"] for entry in shipped.manifest()["files"].values()) <= 20_000_000
+    names = {path.name for path in shipped.data_folder().glob("*.safetensors")}
+    assert names <= set(shipped.manifest()["files"])
+
+
+def test_the_checkpoints_are_the_models_that_the_course_speaks_of():
+    base = load_checkpoint("base")
+    model = TinyLM.from_state_dict(base)
+    assert model.embedding.weight.shape == model.head.weight.shape == (10_000, 100)
+    for seed in (0, 1):
+        delta = load_checkpoint(f"reference_seed_{seed}")
+        assert {n: W.shape for n, W in delta.items()} == {n: W.shape for n, W in base.items()}
+    assert load_checkpoint("base", dtype=None)["head.weight"].dtype == torch.float16
+    assert all(value.dtype == torch.float32 for value in base.values())
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(KeyError, match="no shipped file; there are: .*base.safetensors"):
+        load_checkpoint("gpt-5")
+
+
+def test_a_missing_file_says_which_and_how_to_get_it_back(copy):
+    (copy / "base.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data/base.safetensors is missing.*git checkout -- data"):
+        load_checkpoint("base")
+    assert [name for name, right, _ in shipped.check_all() if not right] == ["base.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit"])
+def test_a_damaged_file_is_refused(copy, damage):
+    path = copy / "base.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del data[-1000:]
+    else:
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"data/base.safetensors is damaged.*make data"):
+        load_checkpoint("base")
+
+
+def test_a_missing_or_broken_manifest_is_said(copy):
+    (copy / "MANIFEST.json").write_text("{")
+    with pytest.raises(ValueError, match="MANIFEST.json is damaged"):
+        load_checkpoint("base")
+    (copy / "MANIFEST.json").unlink()
+    with pytest.raises(FileNotFoundError, match="MANIFEST.json is missing"):
+        load_checkpoint("base")
+
+
+def test_the_base_beats_every_n_gram_clearly_as_recorded():
+    table = json.loads((shipped.data_folder() / "MANIFEST.json").read_text(encoding="utf-8"))["stages"]["losses"]
+    code = {name: nats for name, (nats, _) in table["nats a token, bits a byte"]["code"].items()}
+    assert code["base"] < min(code[name] for name in ("unigram", "bigram", "trigram")) - 0.5
+    reference = {name: nats for name, (nats, _) in table["nats a token, bits a byte"]["reference"].items()}
+    grams = [nats for name, nats in reference.items() if "gram" in name]
+    for seed in (0, 1):
+        assert reference[f"reference_seed_{seed}"] < min(grams) - 0.5

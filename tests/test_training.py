@@ -1,0 +1,146 @@
+"""The training loop: right gradients, the same run after an interrupt, early stop, and errors that help."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from lora_edu.tinylm import TinyLM
+from lora_edu.training import Batches, HeadLoss, evaluate, fit, next_token_loss, warm_then_linear
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return TinyLM(vocabulary=40, width=20, layers=1, heads=5, context=16)
+
+
+def adam(model, rate=1e-2):
+    return torch.optim.AdamW(model.parameters(), lr=rate)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.arange(2000) * 7 % 40  # each token follows from the one before
+
+
+@given(st.integers(1, 600), st.integers(2, 30), st.integers(1, 8), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_the_sliced_head_loss_is_cross_entropy_with_its_gradients(count, vocabulary, width, frozen):
+    torch.manual_seed(count)
+    hidden = torch.randn(count, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=torch.float64, requires_grad=not frozen)
+    targets = torch.randint(vocabulary, (count,))
+    ours = HeadLoss.apply(hidden, weight, targets)
+    plain = F.cross_entropy(hidden @ weight.T, targets)
+    assert torch.allclose(ours, plain)
+    wanted = [hidden] if frozen else [hidden, weight]
+    for one, other in zip(torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * plain, wanted), strict=True):
+        assert torch.allclose(one, other)
+
+
+def test_the_loss_through_the_head_is_the_loss_of_the_logits(tokens):
+    model = small()
+    inputs, targets = Batches(tokens, batch=4, context=16)(0)
+    plain = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    assert torch.allclose(next_token_loss(model, inputs, targets), plain)
+
+
+def test_batches_are_windows_of_the_text_and_an_epoch_sees_each_once(tokens):
+    batches = Batches(torch.arange(2000), batch=5, context=16, seed=3)
+    starts = []
+    for step in range(batches.steps_per_epoch):
+        inputs, targets = batches(step)
+        assert torch.equal(targets, inputs + 1) and inputs.shape == (5, 16)
+        starts += inputs[:, 0].tolist()
+    assert len(set(starts)) == len(starts) == batches.steps_per_epoch * 5
+    assert torch.equal(batches(2)[0], Batches(torch.arange(2000), batch=5, context=16, seed=3)(2)[0])
+    assert not torch.equal(batches(2)[0], batches(2 + batches.steps_per_epoch)[0])
+    with pytest.raises(ValueError, match="100 tokens give 5 windows of 16, fewer than one batch of 8"):
+        Batches(torch.arange(100), batch=8, context=16)
+
+
+def test_training_learns_what_can_be_learnt(tokens):
+    model = small()
+    history = fit(model, Batches(tokens, batch=8, context=16), adam(model), 150, progress=False)
+    assert history.steps[0]["loss"] > 3 and evaluate(model, tokens, context=16) < 0.5
+    assert history.tokens == 150 * 8 * 16 and history.tokens_per_second > 0
+    assert [row["step"] for row in history.steps] == list(range(1, 151))
+
+
+@pytest.mark.parametrize("how", ["interrupt", "crash"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(tokens, tmp_path, how):
+    batches = Batches(tokens, batch=4, context=16)
+    whole = small()
+    fit(whole, batches, adam(whole), 30, progress=False)
+
+    def until(step, error):
+        def some(n):
+            if n == step:
+                raise error
+            return batches(n)
+
+        return some
+
+    error = KeyboardInterrupt if how == "interrupt" else RuntimeError
+    path = tmp_path / "run.safetensors"
+    for stop in (11, 23):  # twice; a crash loses what came after the last save, here none
+        model = small(seed=9)  # a fresh process would have other weights
+        if not path.exists():
+            model.load_state_dict(small().state_dict())
+        with pytest.raises(error):
+            fit(model, until(stop, error), adam(model), 30, checkpoint=path, save_seconds=0, progress=False)
+    resumed = small(seed=9)
+    history = fit(resumed, batches, adam(resumed), 30, checkpoint=path, progress=False)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert [row["step"] for row in history.steps] == list(range(1, 31))
+
+
+def test_early_stop_ends_with_the_best_weights(tokens):
+    model = small()
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
+    kept = []
+
+    def held_out(model):
+        kept.append(model.head.weight.detach().clone())
+        return next(losses)
+
+    batches = Batches(tokens, batch=4, context=16)
+    history = fit(model, batches, adam(model), 60, held_out=held_out, evaluate_every=10, patience=2, progress=False)
+    assert history.best == (20, 2.0) and "after step 20" in history.stopped and len(history.steps) == 40
+    assert torch.equal(model.head.weight, kept[1])
+
+
+def test_frozen_parameters_stay_and_rates_come_back(tokens):
+    model = small()
+    model.embedding.requires_grad_(False)
+    before = model.embedding.weight.clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    fit(model, Batches(tokens, batch=4, context=16), optimizer, 5, progress=False)
+    assert torch.equal(model.embedding.weight, before)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_loss_that_is_no_number_stops_and_says_what_to_try(tokens):
+    model = small()
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def broken(model, inputs, targets):
+        return next_token_loss(model, inputs, targets) * math.nan
+
+    with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*smaller learning rate"):
+        fit(model, Batches(tokens, batch=4, context=16), adam(model), 5, loss=broken, progress=False)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    factor = warm_then_linear(0.1)
+    assert 0 < factor(0) < 0.05 and factor(0.1) == 1 and factor(0.55) == pytest.approx(0.5) and factor(1) == 0
+
+
+def test_evaluate_needs_a_window():
+    with pytest.raises(ValueError, match="10 tokens do not fill one window of 16"):
+        evaluate(small(), torch.zeros(10, dtype=torch.long), context=16)
