@@ -140,6 +140,8 @@ def to_png(figure: Figure, colours: int = 64, density: float = DENSITY) -> bytes
     """
     if not 2 <= colours <= 256:
         raise ValueError(f"colours must be between 2 and 256 (a PNG palette's limits); got {colours}")
+    if not has_grid(figure):
+        figure.set_layout_engine("none")
     with style():
         figure.set_dpi(PIXELS_PER_INCH * density)
         canvas = FigureCanvasAgg(figure)
@@ -153,6 +155,11 @@ def to_png(figure: Figure, colours: int = 64, density: float = DENSITY) -> bytes
     packed = io.BytesIO()
     picture.save(packed, format="png", optimize=True, dpi=(PIXELS_PER_INCH * density,) * 2)
     return packed.getvalue()
+
+
+def has_grid(figure: Figure) -> bool:
+    """Whether any axes stand in a grid; without one constrained layout has nothing to do and warns of it."""
+    return any(axes.get_subplotspec() is not None for axes in figure.axes)
 
 
 def lay_out(figure: Figure) -> list[Bbox]:
@@ -348,7 +355,8 @@ def spectrum(
 ) -> list[Artist]:
     """Singular values against their number, on a log scale: the first `kept` in blue, the rest in grey.
 
-    edge: a dashed line at the largest that noise alone would have. most: how many are drawn. `labels` go to Axes.set.
+    edge: a dashed line at the largest that noise alone would have. most: how many are drawn.
+    `labels` go to Axes.set.
     """
     S = np.asarray(singular_values)[:most]
     number = np.arange(1, len(S) + 1)
@@ -382,7 +390,7 @@ def curves(axes: Axes, series: Mapping[str, tuple], **labels) -> list[Line2D]:
 
 @style()
 def mark_level(axes: Axes, y: float, text: str, x: float = 1.0) -> list[Artist]:
-    """A dashed horizontal line and what it means, written above it and ending at the share `x` of the width."""
+    """A dashed horizontal line and what it means, written above it, ending at the share `x` of the width."""
     line = axes.axhline(y, color=GREY, linestyle="--", linewidth=1)
     note = axes.annotate(
         text, (x, y), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right"

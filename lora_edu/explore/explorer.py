@@ -40,6 +40,8 @@ class Explorer(widgets.VBox):
     bytes: their PNGs together, a picture that occurs twice counted once.
     """
 
+    _links: Sequence[widgets.Widget] = ()
+
     def __init__(
         self,
         draw: Callable[..., str],
@@ -63,8 +65,9 @@ class Explorer(widgets.VBox):
         density: pixels stored for each one shown; 1 halves the bytes and is less sharp on dense screens.
         Raises ValueError for sliders that cannot work and TypeError when draw returns no sentence.
         """
-        check(sliders, start)
         labels, formats = labels or {}, formats or {}
+        sliders = {name: list(values) for name, values in sliders.items()}
+        check(sliders, start, labels, formats)
         texts = {name: value_texts(name, values, formats.get(name)) for name, values in sliders.items()}
         began = time.perf_counter()
         self.pictures = render_all(draw, size, colours, density, sliders, start)
@@ -73,9 +76,10 @@ class Explorer(widgets.VBox):
         self.start = self.pictures[tuple(start[name] for name in sliders)]
         self.controls = make_controls(sliders, start, texts, labels)
         pages = make_pages(self.pictures.values())
-        self._links: list[widgets.Widget] = []
         by_values = {values: pages[picture] for values, picture in self.pictures.items()}
-        stack = nest(self.controls, by_values, self._links)
+        links: list[widgets.Widget] = []
+        stack = nest(self.controls, by_values, links)
+        self._links = links
         name, css = make_css(texts)
         super().__init__([*self.controls, stack, css], layout=widgets.Layout(width="100%"))
         self.add_class(name)
@@ -83,23 +87,25 @@ class Explorer(widgets.VBox):
 
     def close(self) -> None:
         """Takes the explorer and all its parts out of the kernel and the browser."""
-        for part in [*self._links, *parts(self)]:
-            super(Explorer, part).close() if part is self else part.close()
+        links, self._links = self._links, ()
+        for part in [*links, *(parts(self) - {self} if links else ())]:
+            part.close()
+        super().close()
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         data, metadata = plots.bundle(self.start.png, self.start.sentence)
         return super()._repr_mimebundle_(**kwargs) | data, metadata
 
 
-def check(sliders: Mapping[str, Sequence], start: Mapping) -> None:
-    """Says what is wrong with the sliders, or nothing."""
+def check(sliders: Mapping[str, list], start: Mapping, labels: Mapping, formats: Mapping) -> None:
+    """Raises ValueError with what is wrong with the sliders and with the words for them."""
     if not 1 <= len(sliders) <= 2:
         raise ValueError(
             f"an explorer has one slider or two (more cannot be taken in at once); got {len(sliders)}"
         )
     for name, values in sliders.items():
         if len(values) < 2:
-            raise ValueError(f"slider {name!r} needs at least two values to move between; got {list(values)}")
+            raise ValueError(f"slider {name!r} needs at least two values to move between; got {values}")
         twice = [value for index, value in enumerate(values) if value in values[:index]]
         if twice:
             raise ValueError(f"slider {name!r} has {twice[0]!r} more than once; list each value once")
@@ -107,7 +113,10 @@ def check(sliders: Mapping[str, Sequence], start: Mapping) -> None:
         raise ValueError(f"start must name a value for each slider {sorted(sliders)}; got {sorted(start)}")
     for name, value in start.items():
         if value not in sliders[name]:
-            raise ValueError(f"start value of {name!r} must be one of {list(sliders[name])}; got {value!r}")
+            raise ValueError(f"start value of {name!r} must be one of {sliders[name]}; got {value!r}")
+    for what, words in (("labels", labels), ("formats", formats)):
+        if unknown := sorted(set(words) - set(sliders)):
+            raise ValueError(f"{what} names {unknown[0]!r}, which is no slider {sorted(sliders)}")
     count = math.prod(len(values) for values in sliders.values())
     if count > MOST_PICTURES:
         counts = " × ".join(str(len(values)) for values in sliders.values())
@@ -170,7 +179,7 @@ def common_boxes(figures: Sequence[Figure]) -> list[Bbox] | None:
     """For each axes the box that fits it in every figure; None where the figures are laid out otherwise."""
     if not all(isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine) for figure in figures):
         return None
-    if len({len(figure.axes) for figure in figures}) != 1:
+    if len({len(figure.axes) for figure in figures}) != 1 or not all(map(plots.has_grid, figures)):
         return None
     return [reduce(Bbox.intersection, boxes) for boxes in zip(*map(plots.lay_out, figures), strict=True)]
 
@@ -281,7 +290,9 @@ def parts(widget: widgets.Widget) -> set[widgets.Widget]:
     return {widget}.union(*(parts(part) for part in inner if isinstance(part, widgets.Widget)))
 
 
-_by_cell: dict[str, tuple[str, list[Explorer]]] = {}  # cell → (the run, its explorers)
+alive: dict[
+    str, tuple[str, list[Explorer]]
+] = {}  # a notebook's cell → (its latest run, that run's explorers)
 
 
 def replace_earlier(explorer: Explorer) -> None:
@@ -291,9 +302,9 @@ def replace_earlier(explorer: Explorer) -> None:
     cell = message.get("metadata", {}).get("cellId")
     if cell is None:  # no notebook, or a front end that does not say which cell it runs
         return
-    run, explorers = _by_cell.get(cell, (None, []))
+    run, explorers = alive.get(cell, (None, []))
     if run != message["header"]["msg_id"]:
         for earlier in explorers:
             earlier.close()
         explorers = []
-    _by_cell[cell] = message["header"]["msg_id"], [*explorers, explorer]
+    alive[cell] = message["header"]["msg_id"], [*explorers, explorer]
