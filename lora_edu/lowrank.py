@@ -197,8 +197,8 @@ def effective_rank(singular_values: Tensor) -> float:
 def numerical_rank(matrix: Tensor, tolerance: float | None = None) -> int:
     """How many singular values exceed `tolerance`; without one, σ_1 · max(m, n) · ε, the rounding of the SVD.
 
-    ε is that of the dtype computed in, so a rank-8 matrix *stored* in half precision counts as full rank:
-    what was rounded away is noise of full rank. `rounding_floor(…)[0]` is the tolerance that looks past it.
+    ε is that of the dtype computed in. A rank-8 matrix *stored* in half precision has full rank, since what
+    was rounded away is noise; `rounding_floor(…)[0]` is the tolerance that looks past it.
     """
     matrix = _matrix(matrix)
     S = torch.linalg.svdvals(matrix)
