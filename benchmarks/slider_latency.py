@@ -44,32 +44,16 @@ LISTEN = """cell => {
 LATEST = (
     """() => { const press = window.coursePresses.at(-1); return press && press.shown ? press : null; }"""
 )
-# What drawing cost: asked of the kernel, where the explorers live.
-ASK = """
-import json as _json
-from lora_edu.explore import explorer as _explorer
-print(_json.dumps({cell: [[len(e.pictures), e.seconds, e.bytes] for e in explorers]
-                   for cell, (_, explorers) in _explorer.alive.items()}))
-"""
-ASK_KERNEL = f"""async code => {{
-  const kernel = {driver.PANEL}.sessionContext.session.kernel;
-  const future = kernel.requestExecute({{ code, store_history: false }});
-  let text = "";
-  future.onIOPub = message => {{ text += message.content.text || ""; }};
-  await future.done;
-  return text;
-}}"""
-CELL_ID = f"index => {driver.PANEL}.content.widgets[index].model.sharedModel.id"
 
 
 def measure(notebook: driver.NotebookPage, chapter: str, presses: int) -> list[dict]:
     """A row for each explorer of an open notebook."""
     notebook.run_all(600)
-    costs = json.loads(notebook.page.evaluate(ASK_KERNEL, ASK))
+    drawn = notebook.drawn()
     rows = []
     for index in notebook.explorers():
         cell = notebook.cell(index)
-        [(pictures, seconds, size)] = costs[notebook.page.evaluate(CELL_ID, index)]
+        [drawing] = drawn[index]
         cell.evaluate(LISTEN)
         changes, frames = [], []
         for slider in notebook.sliders(cell):
@@ -81,9 +65,9 @@ def measure(notebook: driver.NotebookPage, chapter: str, presses: int) -> list[d
                 "chapter": chapter,
                 "cell": index,
                 "sliders": [label.strip() for label in cell.evaluate(LABELS)],
-                "pictures": pictures,
-                "seconds_to_draw": round(seconds, 2),
-                "bytes": size,
+                "pictures": drawing["pictures"],
+                "seconds_to_draw": round(drawing["seconds"], 2),
+                "bytes": drawing["bytes"],
                 "presses": len(changes),
                 "change_ms": summary(changes),
                 "frame_ms": summary(frames),
@@ -171,6 +155,7 @@ def main() -> None:
             notebook.close()
             server.stop_kernels()
         conditions = {
+            "command": f"python benchmarks/slider_latency.py {' '.join(chapters)} --presses {chosen.presses}",
             "browser": f"Chromium {browser.version}, headless, {driver.WIDTH} × {driver.HEIGHT}",
             "jupyterlab": version("jupyterlab"),
             "ipywidgets": version("ipywidgets"),

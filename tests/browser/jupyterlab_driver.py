@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ElementHandle, TimeoutError, sync_playwright
 
-PATIENCE = 180  # seconds; a kernel takes three to start, or a hundred on a machine that is busy otherwise
+PATIENCE = 300  # seconds; a kernel takes three to start, or a hundred on a machine that is busy otherwise
 WIDTH, HEIGHT = 1000, 800  # the smallest window that nothing may be cut off in
 
 # Words of the page's console that are no fault of the notebook or of the course, each with its reason.
@@ -184,6 +184,10 @@ class NotebookPage:
         widgets = self.page.evaluate(CELLS_WITH, "application/vnd.jupyter.widget-view+json")
         return [cell for cell in self.pictures() if cell in widgets]
 
+    def drawn(self) -> dict[int, list[dict]]:
+        """What the kernel knows of each explorer, by cell: how many pictures, seconds, bytes, complaints."""
+        return {int(cell): told for cell, told in json.loads(self.page.evaluate(ASK_KERNEL, TELL)).items()}
+
     def cell(self, index: int) -> ElementHandle:
         """The cell, scrolled into view: JupyterLab draws no others."""
         self.page.evaluate(SCROLL_TO, index)
@@ -278,6 +282,26 @@ SCROLL_TO = f"""async index => {{
   const notebook = {PANEL}.content;
   notebook.activeCellIndex = index;
   await notebook.scrollToItem(index, "start");
+}}"""
+
+TELL = """
+import json as _json
+from lora_edu.explore import explorer as _explorer
+print(_json.dumps({cell: [{
+    "pictures": len(shown.pictures), "seconds": shown.seconds, "bytes": shown.bytes,
+    "complaints": sorted({words for picture in shown.pictures.values() for words in picture.complaints}),
+} for shown in explorers] for cell, (_, explorers) in _explorer.alive.items()}))
+"""
+
+ASK_KERNEL = f"""async code => {{
+  const {{ content, sessionContext }} = {PANEL};
+  const future = sessionContext.session.kernel.requestExecute({{ code, store_history: false }});
+  let text = "";
+  future.onIOPub = message => {{ text += message.content.text || ""; }};
+  await future.done;
+  const index = Object.fromEntries(content.widgets.map((cell, index) => [cell.model.sharedModel.id, index]));
+  return JSON.stringify(Object.fromEntries(
+    Object.entries(JSON.parse(text)).map(([cell, told]) => [index[cell], told])));
 }}"""
 
 SEEN = """cell => {

@@ -19,6 +19,7 @@ SOLUTIONS = [  # most have no explorer, and then there is nothing to see here
     if re.search(r"\b(explore\.|Explorer\()", path.read_text(encoding="utf-8"))
 ]
 RUN_SECONDS = 600
+MOST_BYTES = 800_000  # of one explorer: what a photograph may take, lines take less
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
@@ -89,9 +90,13 @@ def read_turn_and_reopen(opened: Callable[[str], NotebookPage], server: Server, 
         notebook.cell(index)  # waits until its picture is seen
     notebook.run_all(RUN_SECONDS)
     explorers = notebook.explorers()
+    drawn = notebook.drawn()
     walked = {}
     for index in explorers:
         cell = notebook.cell(index)
+        for drawing in drawn[index]:
+            assert not drawing["complaints"], f"cell {index}, in its pictures: {drawing['complaints']}"
+            assert drawing["bytes"] <= MOST_BYTES, f"cell {index}, all pictures: {drawing['bytes']} bytes"
         assert not notebook.cut_off(cell), f"cell {index}, cut off in a window 1000 pixels wide"
         walked[index] = notebook.walk(cell)
     notebook.save()
