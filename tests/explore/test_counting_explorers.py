@@ -1,5 +1,7 @@
 """Chapter 04's explorers say what counting says, and the calculator answers any input with a sentence."""
 
+import functools
+
 import pytest
 
 from lora_edu import counting
@@ -10,21 +12,26 @@ PICTURES = 60
 BYTES = 500_000
 
 
+@functools.cache
+def drawn(make):
+    return make()
+
+
 @pytest.mark.parametrize("make", [rank_and_shape, table_and_square, which_matrices])
 def test_pictures_are_whole_and_within_the_budget(make):
-    explorer = make()
+    explorer = drawn(make)
     assert len(explorer.pictures) <= PICTURES and explorer.bytes <= BYTES
     assert not [picture.complaints for picture in explorer.pictures.values() if picture.complaints]
     assert len({picture.sentence for picture in explorer.pictures.values()}) == len(explorer.pictures)
 
 
 def test_the_sentences_hold_the_numbers():
-    shapes = rank_and_shape().pictures
+    shapes = drawn(rank_and_shape).pictures
     assert "80 800 numbers, 8.08%" in shapes["10 000 × 100 (our table)", 8].sentence
     assert "200% of the 10 000 in W" in shapes["100 × 100 (our W_q)", 100].sentence
-    tables = table_and_square().pictures
+    tables = drawn(table_and_square).pictures
     assert "0.20% of its table (a square matrix's: 0.39%)" in tables[128_256, 4096].sentence
-    models = which_matrices().pictures
+    models = drawn(which_matrices).pictures
     expected = counting.spaced(counting.count("GPT-3 175B", ("query", "value"), 8).parameters)
     assert f"{expected} numbers to train" in models["GPT-3 175B", "W_q and W_v"].sentence
 
