@@ -4,18 +4,23 @@ from .functional import lora_embedding, lora_linear
 from .inject import add_lora, lora_layers, merge_lora, remove_lora, trainable_parameters, unmerge_lora
 from .layers import LoRAEmbedding, LoRALinear, MergeReport
 from .optimizers import pair_optimizers
+from .peft_format import AdapterError, load_adapter, read_adapter, save_adapter
 
 __all__ = [
+    "AdapterError",
     "LoRAEmbedding",
     "LoRALinear",
     "MergeReport",
     "add_lora",
+    "load_adapter",
     "lora_embedding",
     "lora_layers",
     "lora_linear",
     "merge_lora",
     "pair_optimizers",
+    "read_adapter",
     "remove_lora",
+    "save_adapter",
     "trainable_parameters",
     "unmerge_lora",
 ]

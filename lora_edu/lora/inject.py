@@ -243,14 +243,14 @@ def _refuse(model: nn.Module, name: str, layer: nn.Module, tied: str) -> None:
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise TypeError(
             f"{name}: in inference nn.TransformerEncoderLayer reads this weight without calling the layer "
-            "(its fast path), so that LoRA would be skipped; torch.backends.mha.set_fastpath_enabled(False) first"
+            "(its fast path) and LoRA is skipped; call torch.backends.mha.set_fastpath_enabled(False) first"
         )
     others = tied_to(model, name)
     if others and tied == "refuse":
         raise ValueError(
-            f"{name}.weight is also {_listing(others)} (tied): with LoRA on {name} alone, the two would "
-            "no longer be the same table, nor could one table hold the merged weight. Leave it out of the targets, "
-            'or say tied="separate" to adapt it alone'
+            f"{name}.weight is also {_listing(others)} (tied): with LoRA on {name} alone, the two would no "
+            "longer be the same table, nor could one table hold the merged weight. Leave it out of the "
+            'targets, or say tied="separate" to adapt it alone'
         )
 
 

@@ -30,7 +30,7 @@ class LoRALinear(nn.Linear):
     `from_layer` shares the weights of an existing nn.Linear or of Hugging Face's Conv1D, whose weight is
     stored (in, out): then `transposed` is True and `weight` and `delta_weight()` keep that shape.
 
-    See `merge` for what holds while merged.
+    See `merge_layer` for what holds while merged.
     """
 
     transposed = False
@@ -138,8 +138,7 @@ class LoRAEmbedding(nn.Embedding):
     """out[t] = W[t] + s · A[t] Bᵀ with s = alpha / r; the table W is frozen, A and B are trained.
 
     tokens: any shape, integers below V → (*tokens.shape, d). `weight` W: (V, d); `lora_A`: (V, r), starts at
-    zero;
-    `lora_B`: (d, r), starts normal. loralib and PEFT store A transposed, (r, V); here a token's row is
+    zero; `lora_B`: (d, r), starts normal. loralib and PEFT store A transposed, (r, V); here a token's row is
     contiguous, so that a look-up reads r numbers and the gradient can be sparse.
 
     What torch's options mean here:
@@ -149,12 +148,12 @@ class LoRAEmbedding(nn.Embedding):
     - `scale_grad_by_freq`: a row's gradient is divided by how often the token occurs in the batch.
     - `sparse`: A's gradient holds only the rows looked up, so a step's cost doesn't grow with V. It needs an
       optimiser that takes sparse gradients: `pair_optimizers` picks them. Refused with `scale_grad_by_freq`,
-      as torch has no such gradient. Not for DistributedDataParallel, which expects every parameter of a sparse
-      embedding, B too, to have a sparse gradient, and says so.
+      as torch has no such gradient. Not for DistributedDataParallel, which expects every parameter of a
+      sparse embedding, B too, to have a sparse gradient, and says so.
     - `check_tokens`: a token outside the vocabulary raises an IndexError that names it. Costs a pass over the
       tokens, and on a GPU a wait, so it is off unless asked for.
 
-    See `merge` for what holds while merged.
+    See `merge_layer` for what holds while merged.
     """
 
     def __init__(
@@ -306,7 +305,8 @@ def merge_layer(layer: LoRALinear | LoRAEmbedding, left: Tensor, right: Tensor) 
       raises;
     - `state_dict()` holds the *unmerged* weights and the factors, the same as before merging, so that loading
       it never counts ΔW twice; `load_state_dict` unmerges first;
-    - `.to(...)` converts W, W + ΔW and the factors; `deepcopy` copies a merged layer.
+    - `.to(...)` converts W, W + ΔW and the factors; `deepcopy` copies a merged layer;
+    - whatever else holds the same Parameter (a tied head) sees W + ΔW too.
     In half precision W + ΔW is rounded once; `swallowed` is ‖ΔW − (merged − W)‖_F / ‖ΔW‖_F.
     Raises ValueError if W + ΔW has an entry that isn't finite; the layer is then unchanged.
     """
