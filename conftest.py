@@ -53,6 +53,7 @@ def make_kernel(folder: Path) -> None:
     (place / "kernel.json").write_text(json.dumps(specification), encoding="utf-8")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The cells of a notebook stay with one worker, in order."""
     for item in items:
