@@ -261,7 +261,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
     try:
         return replace_layers(model, adapter.layers, build, tied="separate")
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise AdapterError(str(error)) from None
 
 
@@ -277,7 +277,9 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
             shapes = {key: tuple(each.get_shape()) for key, each in stored.items()}
             for key, each in stored.items():
                 if each.get_dtype() not in DTYPES:
-                    raise AdapterError(f"{key} must be in {', '.join(DTYPES)}; got {each.get_dtype()}")
+                    raise AdapterError(
+                        f"{_short(key)} must be in {', '.join(DTYPES)}; got {each.get_dtype()}"
+                    )
             pairs, rest = _pairs(shapes)
             if model is not None:
                 _check_names(model, config, pairs)
@@ -288,11 +290,11 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
     except AdapterError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{WEIGHTS} is damaged or truncated: {error}") from None
+        raise AdapterError(f"{WEIGHTS} is damaged or truncated: {_short(str(error))}") from None
     for key, tensor in read.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(
-                f"{key} has entries that are infinite or NaN: the file is damaged or training diverged"
+                f"{_short(key)} has entries that are infinite or NaN: the file is damaged or training diverged"
             )
     layers = {
         name: Factors(
@@ -351,12 +353,12 @@ def _refuse_features(config: dict) -> None:
         "a whole number above 0",
     )
     for name in ("rank_pattern", "alpha_pattern"):
-        _expect(config, name, lambda patterns: isinstance(patterns, dict), "an object", {})
+        _expect(config, name, lambda patterns: isinstance(patterns, dict | None), "an object")
     _expect(config, "use_rslora", lambda flag: isinstance(flag, bool), "true or false", False)
     try:
         check_alpha(config.get("lora_alpha"))
         check_dropout(config.get("lora_dropout", 0.0))
-        for alpha in config.get("alpha_pattern", {}).values():
+        for alpha in (config.get("alpha_pattern") or {}).values():
             check_alpha(alpha)
     except (ValueError, OverflowError) as error:
         raise AdapterError(f"{CONFIG}: {_short(str(error))}") from None
@@ -391,7 +393,10 @@ def _pairs(shapes: Mapping[str, tuple]) -> tuple[dict[str, dict[str, str]], dict
             raise AdapterError(f"a tensor's name must start with {PREFIX} and be short; got {_short(key)}")
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", key[len(PREFIX) :], re.DOTALL)
         if match and bool(match[2]) != bool(match[4]):
-            pairs.setdefault(match[1], {})[match[3]] = key
+            pair = pairs.setdefault(match[1], {})
+            if match[3] in pair:
+                raise AdapterError(f"{_short(match[1])} has lora_{match[3]} twice, also as {_short(key)}")
+            pair[match[3]] = key
         elif any(part in key for part in ("lora_", "modules_to_save", "trainable_tokens", "token_adapter")):
             raise AdapterError(f"the tensor {_short(key)} belongs to a kind of adapter that isn't supported")
         else:
@@ -403,7 +408,7 @@ def _pairs(shapes: Mapping[str, tuple]) -> tuple[dict[str, dict[str, str]], dict
 
 def _places(config: dict, shapes: Mapping[str, tuple], pairs: dict[str, dict[str, str]]) -> dict[str, _Place]:
     """What the files say of each layer, once the tensors and the configuration agree."""
-    ranks, alphas = (_patterns(config.get(name, {})) for name in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (_patterns(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
     places = {}
     for name, keys in pairs.items():
         if set(keys) != {"A", "B"}:
