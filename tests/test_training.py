@@ -1,11 +1,16 @@
 """The training loop: right gradients, the same run after an interrupt, early stop, and errors that help."""
 
+import json
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch.nn import functional as F
 
 from lora_edu.tinylm import TinyLM
@@ -37,7 +42,9 @@ def test_the_sliced_head_loss_is_cross_entropy_with_its_gradients(count, vocabul
     plain = F.cross_entropy(hidden @ weight.T, targets)
     assert torch.allclose(ours, plain)
     wanted = [hidden] if frozen else [hidden, weight]
-    for one, other in zip(torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * plain, wanted), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * plain, wanted), strict=True
+    ):
         assert torch.allclose(one, other)
 
 
@@ -109,7 +116,9 @@ def test_early_stop_ends_with_the_best_weights(tokens):
         return next(losses)
 
     batches = Batches(tokens, batch=4, context=16)
-    history = fit(model, batches, adam(model), 60, held_out=held_out, evaluate_every=10, patience=2, progress=False)
+    history = fit(
+        model, batches, adam(model), 60, held_out=held_out, evaluate_every=10, patience=2, progress=False
+    )
     assert history.best == (20, 2.0) and "after step 20" in history.stopped and len(history.steps) == 40
     assert torch.equal(model.head.weight, kept[1])
 
@@ -144,3 +153,39 @@ def test_the_schedule_warms_up_and_ends_at_zero():
 def test_evaluate_needs_a_window():
     with pytest.raises(ValueError, match="10 tokens do not fill one window of 16"):
         evaluate(small(), torch.zeros(10, dtype=torch.long), context=16)
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from lora_edu.tinylm import TinyLM
+from lora_edu.training import Batches, fit
+torch.manual_seed(0)
+model = TinyLM(vocabulary=40, width=20, layers=1, heads=5, context=16)
+batches = Batches(torch.arange(2000) * 7 % 40, batch=4, context=16)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+fit(model, batches, optimizer, 100_000, checkpoint=Path(sys.argv[1]), save_seconds=0, progress=False,
+    schedule=lambda done: 1.0)
+"""
+
+
+def test_a_killed_process_leaves_a_checkpoint_that_goes_on_to_the_same_weights(tokens, tmp_path):
+    """kill −9 at an arbitrary moment, also while a checkpoint is being written."""
+    path = tmp_path / "run.safetensors"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)])
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    batches = Batches(tokens, batch=4, context=16)
+    steady = {"schedule": lambda done: 1.0, "progress": False}
+    resumed = small(seed=9)
+    with safe_open(path, "pt") as file:
+        steps = json.loads(file.metadata()["about"])["step"] + 5
+    history = fit(resumed, batches, adam(resumed), steps, checkpoint=path, **steady)
+    whole = small()
+    fit(whole, batches, adam(whole), steps, **steady)
+    assert len(history.steps) == steps > 5
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))

@@ -28,7 +28,7 @@ from lora_edu.training import Batches, evaluate, fit
 
 LAYERS = 6
 BASE_STEPS, BASE_RATE = 3200, 4e-3
-TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3)
+TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3, 6e-3)
 SGD_RATES = (0.3, 1.0)
 PLANTED = {"matrix": "blocks.3.mlp.up.weight", "rank": 2, "relative_norm": 0.5, "steps": 400, "rate": 1e-3}
 STAGES = ("tokenizer", "base", "tune", "sgd", "planted", "losses")
@@ -98,7 +98,7 @@ class Maker:
         """Full tuning on reference from the base as shipped: the rate by validation text, then a second seed."""
         trials = {rate: self._tune(f"tune_{rate}", rate, seed=0) for rate in TUNE_RATES}
         rate = min(trials, key=lambda r: trials[r][1]["held_out"][-1][1])
-        second = self._tune("tune_seed_1", rate, seed=1)
+        second = self._tune(f"tune_{rate}_seed_1", rate, seed=1)
         for seed, (delta, _) in enumerate((trials[rate], second)):
             self.ship(
                 f"reference_seed_{seed}", delta, f"ΔW of full tuning on reference, seed {seed}, float16"
@@ -174,12 +174,13 @@ class Maker:
     def losses(self) -> dict:
         """Held-out loss of base, tuned models and n-grams, on code and reference: nats a token and bits a byte."""
         base = shipped.load_checkpoint("base")
+        texts = {name: corpus.load_corpus(name) for name in ("code", "reference")}
         table: dict[str, dict[str, list[float]]] = {}
-        for name in ("code", "reference"):
-            text = corpus.load_corpus(name)
-            rows = ngrams.baselines(text.train, text.test, vocabulary=10_000)
-            if name == "reference":
-                rows = {f"{key}, trained on reference": value for key, value in rows.items()}
+        for name, text in texts.items():
+            rows = {}
+            for trained in dict.fromkeys(("code", name)):
+                found = ngrams.baselines(texts[trained].train, text.test, vocabulary=10_000)
+                rows |= {f"{kind}, counted on {trained}": nats for kind, nats in found.items()}
             for model in ("base", "reference_seed_0", "reference_seed_1"):
                 state = base if model == "base" else add(base, shipped.load_checkpoint(model))
                 rows[model] = evaluate(TinyLM.from_state_dict(state), text.test)

@@ -73,12 +73,13 @@ def _check(path: Path, size: int, changed: int, expected_size: int, expected_sha
 
 
 def load_checkpoint(name: str, dtype: torch.dtype | None = torch.float32) -> dict[str, torch.Tensor]:
-    """A shipped checkpoint as a state dict, by name without ending ("base", "reference_seed_0", …).
+    """A shipped checkpoint as a state dict, by name without ending ("base", "reference_seed_0", …), sorted by name.
 
     dtype: what floating-point tensors are turned into; None leaves them as stored (half precision).
     """
     tensors = load_safetensors(data_file(f"{name}.safetensors").read_bytes())
-    return tensors if dtype is None else {key: value.to(dtype) for key, value in tensors.items()}
+    # safetensors keeps no order, and two checkpoints are often gone through side by side
+    return {key: tensors[key] if dtype is None else tensors[key].to(dtype) for key in sorted(tensors)}
 
 
 def check_all() -> Iterator[tuple[str, bool, str]]:

@@ -22,8 +22,7 @@ def spectra_by_kind(
 
     def draw(figure, kind: str) -> str:
         left, right = figure.subplots(1, 2)
-        before = [lowrank.svd(W).S for W in weights[kind]]
-        change = [lowrank.svd(W).S for W in updates[kind]]
+        before, change = ([lowrank.svd(W).S for W in group[kind]] for group in (weights, updates))
         shape = updates[kind][0].shape
         noise = lowrank.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0))).S
         number = torch.arange(1, len(noise) + 1)
@@ -165,8 +164,10 @@ def rounding(
 
     def draw(figure, size: float, format: str) -> str:
         dtype = formats[format]
-        found = (weight + size * direction).to(dtype).float() - weight.to(dtype).float()
-        floor = float(lowrank.rounding_floor(weight, dtype)[0])
+        old, new = weight.to(dtype).float(), (weight + size * direction).to(dtype).float()
+        found = new - old
+        # The shipped base is float16 already: there only the tuned weights were rounded.
+        floor = float(lowrank.rounding_floor(weight, dtype, roundings=1 if old.equal(weight) else 2)[0])
         S = lowrank.svd(found).S
         rank = lowrank.rank_for_energy(S, 0.9)
         above = int((1.05 * floor < S).sum())
