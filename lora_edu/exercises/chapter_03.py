@@ -22,7 +22,7 @@ def rounded_pair() -> tuple[Tensor, Tensor]:
     update = lowrank.truncate(load_checkpoint("reference_seed_0")["blocks.2.mlp.up.weight"], 5)
     U, _, Vh = lowrank.svd(update)
     update = (U[:, :5] * torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6])) @ Vh[:5]
-    update *= 0.01 * W.norm() / update.norm()
+    update *= 0.004 * W.norm() / update.norm()
     return W.bfloat16(), (W + update).bfloat16()
 
 

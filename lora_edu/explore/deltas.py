@@ -184,7 +184,7 @@ def rounding(
     return Explorer(
         draw,
         {"format": list(formats), "size": list(sizes)},
-        start={"format": "bfloat16", "size": 0.003},
+        start={"format": "bfloat16", "size": sizes[len(sizes) // 2]},
         labels={"size": "‖ΔW‖/‖W‖"},
         formats={"size": "{:g}"},
     )

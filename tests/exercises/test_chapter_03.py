@@ -14,7 +14,7 @@ def data():
     return {name: load_checkpoint(name) for name in ("base", "reference_seed_0", "reference_seed_1")}
 
 
-@pytest.mark.parametrize("number, check", enumerate(CHECKS, 1))
+@pytest.mark.parametrize("number, check", list(enumerate(CHECKS, 1)))
 def test_an_open_cell_gets_a_hint_and_nonsense_a_kind_word(number, check):
     assert check(None).startswith(f"Exercise {number}: not attempted yet. Hint: ")
     assert "the answer is one number; got 'twelve'" in check("twelve")
