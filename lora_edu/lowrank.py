@@ -72,6 +72,7 @@ def randomized_svd(
     Sketch Y = AΩ with rank + oversampling columns, Q = orth(Y), B = QᵀA, and the small SVD of B. A power
     iteration replaces Ω by orth(Bᵀ). At least one is done, then as many as the spectrum asks for: until one
     more lowers the squared error by less than `tolerance` of itself (a fixed number: `power_iterations`).
+    With fewer than about 5 extra columns (`oversampling`) that rule can be fooled by an unlucky start.
     Where the sketch would be half as large as the matrix, the exact SVD is taken instead.
     The same seed gives the same sketch on every device; the global random state is left alone.
     """

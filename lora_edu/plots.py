@@ -295,6 +295,40 @@ def bars(
 
 
 @style()
+def log_bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], colours: Sequence[str], texts: Sequence[str]
+) -> list[Artist]:
+    """Horizontal bars on a log scale from the top down, each with its value written beside it."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    drawn = axes.barh(range(len(names)), values, color=colours, height=0.7)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.bar_label(drawn, texts, padding=3, fontsize=8.5)
+    return list(drawn)
+
+
+@style()
+def product(panels: Mapping[str, Sequence], signs: Sequence[str]) -> Figure:
+    """Matrices in a row by title, blue below zero and red above, with a sign after each but the last."""
+    made, row = subplots(
+        1, len(panels), size=(7.2, 2.4), width_ratios=[np.shape(m)[1] + 2 for m in panels.values()]
+    )
+    for index, (axes, (title, matrix)) in enumerate(zip(row, panels.items(), strict=True)):
+        values = np.asarray(matrix)
+        axes.imshow(values, cmap=DIVERGING, vmin=-2.5, vmax=2.5, extent=(0, values.shape[1], values.shape[0], 0))
+        axes.set(title=title, xticks=[], yticks=[])
+        axes.title.set_horizontalalignment("left")
+        axes.spines[:].set_visible(True)
+        if index < len(signs):
+            axes.annotate(
+                signs[index], (1, 0.5), (9, 0), xycoords="axes fraction", textcoords="offset points", va="center"
+            )
+    return made
+
+
+@style()
 def stacked_bars(
     axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str
 ) -> list[Artist]:
@@ -321,6 +355,23 @@ def stacked_panels(panels: Mapping[str, Mapping[str, Mapping[str, float]]], unit
         axes.set_title(title)
     made.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside lower center")
     return made
+
+
+@style()
+def factors(axes: Axes, names: Sequence[str], values: Sequence[float]) -> list[Line2D]:
+    """Factors as dots on a log scale from 1/16 to 16, each with its value; a line from 1 to the dot."""
+    drawn = []
+    for row, value in enumerate(values):
+        drawn += axes.plot([1, value], [row, row], color=BLUE, linewidth=2)
+        drawn += axes.plot(value, row, "o", color=BLUE, markersize=7)
+        axes.annotate(f"{value:.3g}", (value, row), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
+    axes.axvline(1, color=GREY, linewidth=1)
+    axes.set(xscale="log", xlim=(1 / 32, 32), ylim=(len(names) - 0.5, -0.6))
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(False, axis="y")
+    plain_ticks(axes.xaxis, (1 / 16, 1 / 4, 1, 4, 16))
+    axes.xaxis.set_major_formatter(FixedFormatter(["1/16", "1/4", "1", "4", "16"]))
+    return drawn
 
 
 # --- matrices as pictures and their spectra ------------------------------------------------------------
@@ -407,7 +458,7 @@ def noise_histogram(axes: Axes, singular_values, density: tuple, edge: float, **
     S, heights = np.asarray(singular_values), np.asarray(density[1])
     bins = np.linspace(0, edge, 33)
     bars = axes.hist(S, bins, weights=np.full(len(S), 1 / (len(S) * bins[1])), color=SKY, label="found")[2]
-    law = axes.plot(np.asarray(density[0]), heights, color=BLACK, label="noise: Marchenko–Pastur")
+    law = axes.plot(np.asarray(density[0]), heights, color=BLACK, label="Marchenko–Pastur")
     line = axes.axvline(edge, color=VERMILION, linestyle="--", linewidth=1.2, label="edge σ(√m + √n)")
     artists = [*bars, *law, line]
     above = S[edge < S]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_edu import lowrank
+from lora_edu.data import load_checkpoint
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 sides = st.integers(1, 24)
@@ -226,10 +227,13 @@ def test_randomized_is_right_for_small_deficient_and_half_precision_matrices(
 ):
     rank = data.draw(st.integers(1, min(rows, columns)))
     matrix = random_matrix(rows, columns, seed, true, dtype)
-    U, S, Vh = lowrank.randomized_svd(matrix, rank, oversampling=data.draw(st.integers(0, 3)), seed=seed)
+    U, S, Vh = lowrank.randomized_svd(
+        matrix, rank, oversampling=data.draw(st.sampled_from([5, 10])), seed=seed
+    )
     best = lowrank.truncate(matrix, rank)
     assert U.shape == (rows, rank) and Vh.shape == (rank, columns)
-    excess = norm(matrix.double() - ((U * S) @ Vh).double()) - 1.1 * norm(matrix.double() - best.double())
+    # The sketch is wider than the true rank is high, so it misses nothing but half precision's rounding.
+    excess = norm(matrix.double() - ((U * S) @ Vh).double()) - 1.02 * norm(matrix.double() - best.double())
     assert excess <= 20 * slack(matrix)
 
 
@@ -256,17 +260,13 @@ def test_randomized_is_repeatable_and_leaves_the_global_random_state_alone():
 
 
 def test_randomized_on_the_update_of_a_tuned_model():
-    data = pytest.importorskip("lora_edu.data", reason="the shipped ΔW is not in place yet")
-    try:
-        update = data.load_checkpoint("reference_seed_0")
-    except Exception as problem:
-        pytest.skip(f"the shipped ΔW is not in place: {problem}")
-    matrices = {name: delta for name, delta in update.items() if delta.ndim == 2 and min(delta.shape) >= 64}
-    assert matrices
+    update = load_checkpoint("reference_seed_0")
+    matrices = {name: delta for name, delta in update.items() if delta.ndim == 2}
+    assert len(matrices) >= 26  # embedding, head, and six in each of four blocks
     for name, delta in matrices.items():
+        S = torch.linalg.svdvals(delta.double())
         for rank in (1, 8, 16, 32):
             found = lowrank.randomized_svd(delta, rank).error
-            S = lowrank.svd(delta.double()).S
             assert found <= 1.02 * float(S[rank:].square().sum().sqrt()), (name, rank)
 
 

@@ -35,18 +35,18 @@ def check_01_1(answer: int | None) -> str:
             1, f"r(m + n) − r² = {value:,.0f}: r² of the {stored:,} numbers stored change nothing in BA"
         )
     mistakes = {
-        stored: "that is what B and A store. BM and M⁻¹A give the same product for every invertible r × r "
-        "matrix M: how many of the numbers are therefore free to change nothing?",
+        stored: "that is what B and A store. BG and G⁻¹A give the same product for every invertible r × r "
+        "matrix G: how many of the numbers are therefore free to change nothing?",
         rows * columns: "that is a matrix of any rank; one of rank 8 has far less freedom",
-        stored + rank**2: "the r² of M are no extra freedom, they are freedom that is lost: mind the sign",
+        stored + rank**2: "the r² of G are no extra freedom, they are freedom that is lost: mind the sign",
         stored
-        - rank: "M is an r × r matrix, not only its diagonal: scaling each pair is r of its r² numbers",
-        stored - 2 * rank**2: "M and M⁻¹ are not chosen one by one: r² once, not twice",
+        - rank: "G is an r × r matrix, not only its diagonal: scaling each pair is r of its r² numbers",
+        stored - 2 * rank**2: "G and G⁻¹ are not chosen one by one: r² once, not twice",
         rank * rows * columns: "a rank-one term is two lists, m + n numbers, not a table of m · n",
         rank: "that is the rank; the question is how many numbers can be chosen freely",
     }
     return _wrong(
-        1, value, mistakes, "count the numbers in B (m × r) and A (r × n) and take off those of M (r × r)"
+        1, value, mistakes, "count the numbers in B (m × r) and A (r × n) and take off those of G (r × r)"
     )
 
 

@@ -33,7 +33,14 @@ def photograph_rank(photograph: Tensor, ranks: Sequence[int] = RANKS) -> Explore
         plots.spectrum(spectrum, S, kept=r, title=f"{percent(kept[r - 1])} of the energy kept")
         return f"Cut to rank {r}: {percent(kept[r - 1])} of the energy in {share(r):.1%} of the numbers."
 
-    return Explorer(draw, {"r": list(ranks)}, start={"r": 8}, labels={"r": "rank r"}, colours=40, density=1.2)
+    return Explorer(
+        draw,
+        {"r": list(ranks)},
+        start={"r": nearest(ranks, 8)},
+        labels={"r": "rank r"},
+        colours=40,
+        density=1.2,
+    )
 
 
 def elevation_rank(heights: Tensor, row: int = 100, ranks: Sequence[int] = RANKS) -> Explorer:
@@ -59,7 +66,14 @@ def elevation_rank(heights: Tensor, row: int = 100, ranks: Sequence[int] = RANKS
             f"and is off by {off:.0f} m (root mean square)."
         )
 
-    return Explorer(draw, {"r": list(ranks)}, start={"r": 8}, labels={"r": "rank r"}, colours=96, density=1.2)
+    return Explorer(
+        draw,
+        {"r": list(ranks)},
+        start={"r": nearest(ranks, 8)},
+        labels={"r": "rank r"},
+        colours=96,
+        density=1.2,
+    )
 
 
 def hidden_direction(
@@ -99,7 +113,7 @@ def hidden_direction(
     return Explorer(
         draw,
         {"strength": list(strengths), "size": list(sizes)},
-        start={"strength": 1.5, "size": 200},
+        start={"strength": nearest(strengths, 1.5), "size": nearest(sizes, 200)},
         labels={"strength": "strength θ", "size": "size n"},
         formats={"strength": "{:g}√n"},
     )
@@ -138,7 +152,7 @@ def noisy_photograph(
     return Explorer(
         draw,
         {"sigma": list(levels)},
-        start={"sigma": 0.2},
+        start={"sigma": nearest(levels, 0.2)},
         labels={"sigma": "noise σ"},
         colours=24,
         density=1.2,
@@ -148,3 +162,8 @@ def noisy_photograph(
 def percent(share: float) -> str:
     """One decimal, or two where one would round up to all of it."""
     return f"{share:.1%}" if share < 0.9985 else f"{share:.2%}"
+
+
+def nearest(values: Sequence[float], wanted: float) -> float:
+    """The slider's value that lies nearest to the one wanted: where to start, whatever values were asked for."""
+    return min(values, key=lambda value: abs(value - wanted))

@@ -19,7 +19,7 @@
 #
 # **You should know** what a matrix product is, and enough PyTorch to read `A @ B`.
 #
-# **Time**: 45 minutes to read, less than one to run.
+# **Time**: 40 minutes to read, less than one to run.
 
 # %% tags=["setup"]
 import torch
@@ -33,12 +33,14 @@ heights = torch.from_numpy(cbook.get_sample_data("jacksboro_fault_dem.npz")["ele
 
 # %% [markdown]
 # Both come with matplotlib: Rear Admiral Grace Hopper in 600 × 512 grey values from 0 to 1, and the heights in metres
-# of a piece of Tennessee, 344 × 403 points. We take the mean off each, because the mean alone is a matrix of rank 1
-# that has most of the squares and shows nothing.
+# of 344 × 403 points in the Appalachians, where Tennessee meets Kentucky. We take the mean off each, because the mean
+# alone is a matrix of rank 1 that has most of the squares and shows nothing.
 
 # %% tags=["setup"]
 face = photograph - photograph.mean()
 hills = heights - heights.mean()
+assert face.shape == (600, 512) and hills.shape == (344, 403)
+assert all(matrix.mean() ** 2 > 0.5 * matrix.square().mean() for matrix in (photograph, heights))
 
 # %% [markdown]
 # ## 1 · What does rank count?
@@ -79,7 +81,7 @@ assert [int(torch.linalg.matrix_rank(table)) for table in tables.values()] == [1
 
 # %% [markdown]
 # **What does rank *r* cost?** *B* and *A* together hold *r*(*m* + *n*) numbers. Are all of them needed? For any
-# invertible *r* × *r* matrix *M*, the factors *BM* and *M*⁻¹*A* have the same product *BA*. So some of the freedom is
+# invertible *r* × *r* matrix *G*, the factors *BG* and *G*⁻¹*A* have the same product *BA*. So some of the freedom is
 # idle. To count what is left, ask in how many independent directions *BA* moves when the entries of *B* and *A* do:
 # that is the rank of the matrix of all derivatives. **Predict**: how much is idle at *r* = 1, at *r* = 2?
 
@@ -98,7 +100,7 @@ for r, count in enumerate(free, 1):
     print(f"8 × 6 at r = {r}: {r * (8 + 6)} numbers stored, {count} free, {r * (8 + 6) - count} idle")
 
 # %% [markdown]
-# One, four, nine: *r*² are idle, the entries of *M*. A matrix of rank *r* has ***r*(*m* + *n* − *r*) degrees of
+# One, four, nine: *r*² are idle, the entries of *G*. A matrix of rank *r* has ***r*(*m* + *n* − *r*) degrees of
 # freedom**, and at full rank (*r* = 6) that is all 48 of an 8 × 6 matrix, as it must be. For small *r* the idle part
 # is negligible, and *r*(*m* + *n*) is what everybody counts, chapter 04 included.
 
@@ -109,9 +111,9 @@ assert free == [r * (8 + 6 - r) for r in range(1, 7)] and free[-1] == 8 * 6
 # ## 2 · What does rank *r* keep?
 #
 # Hardly any matrix of measurements has low rank exactly. So look for the rank-one matrix that is *closest* to the
-# photograph. Start from any row vector *v*; the best column for it is *Mv*, the best row for that column is *Mᵀu*; go
-# back and forth until nothing changes. That is the **power iteration**. Take what it found off, and do the same to
-# the rest.
+# photograph. Start from any row *v*; but for its length, the best column to go with it is *Mv*; the best row for a
+# column *u* is *Mᵀu*. Go back and forth until nothing changes. That is the **power iteration**. Take what it found
+# off, and do the same to the rest.
 
 
 # %%
@@ -143,8 +145,9 @@ print(f"{len(S)} singular values, from {S[0]:.1f} to {S[-1]:.3f}")
 
 # %% [markdown]
 # All *u* are at right angles to each other, and so are all *v*. So squares add up, as in Pythagoras' theorem: the sum
-# of all squared entries, ‖*M*‖²_F (call it **energy**), is Σσ². Cutting after *r* terms keeps the share
-# (σ₁² + … + σ_r²) / Σσ², and what is missing has the norm √(σ²_{r+1} + σ²_{r+2} + …).
+# of all squared entries, $\lVert M \rVert_F^2$ (call it **energy**), is Σσ². Cutting after *r* terms keeps the share
+# $(\sigma_1^2 + \dots + \sigma_r^2) / \sum \sigma^2$, and what is missing has the norm
+# $\sqrt{\sigma_{r+1}^2 + \sigma_{r+2}^2 + \dots}$.
 
 # %%
 r = 16
@@ -156,7 +159,7 @@ print(f"rank {r} keeps {kept:.1%} of the energy in {stored:.1%} of the numbers")
 missing = torch.linalg.matrix_norm(face - truncated)
 assert torch.isclose(S.square().sum(), face.square().sum())
 assert torch.isclose(missing, S[r:].square().sum().sqrt())
-assert 0.89 < kept < 0.90 and stored < 0.06
+assert 0.89 < kept < 0.90 and stored < 0.06 and 0.49 < S[:2].square().sum() / S.square().sum() < 0.50
 
 # %% [markdown]
 # **Predict**: at which *r* will you recognise the face: about 2, 8, 16 or 100? Then move the slider (or use the arrow
@@ -175,8 +178,8 @@ explore.photograph_rank(photograph)
 #
 # ### A map, and why a ridge is expensive
 #
-# Heights come with a unit, which makes an error easier to feel. **Predict**: with 90 % of the energy kept, how many
-# metres is a typical point off, if a typical point lies 160 m from the mean?
+# Heights come with a unit, which makes an error easier to feel. **Predict**: a typical point lies 162 m from the
+# mean (root mean square). With 90 % of the energy kept, how many metres is a typical point off?
 
 # %%
 S_hills = torch.linalg.svdvals(hills)
@@ -185,7 +188,7 @@ share = {r: float(S_hills[:r].square().sum() / S_hills.square().sum()) for r in 
 print(f"a typical point lies {hills.square().mean().sqrt():.0f} m from the mean")
 for r in off:
     print(f"rank {r:2}: {share[r]:.1%} of the energy, a typical point {off[r]:.0f} m off")
-assert off[8] > 50 and share[8] > 0.89 and off[32] < 20
+assert 51 < off[8] < 53 and 0.89 < share[8] < 0.90 and 0.985 < share[32] < 0.995
 
 # %%
 explore.elevation_rank(heights)
@@ -193,9 +196,9 @@ explore.elevation_rank(heights)
 # %% [markdown]
 # With nine tenths of the energy kept, points are still 52 m off, because √0.1 is about a third: **10 % of the energy
 # is 32 % of the distance**. And the long ridge in the upper right, which anyone would draw first, is not there. It
-# appears at about rank 32, with the last percent.
+# comes out between rank 16 and rank 32, with the last few percent.
 #
-# Why so late? Because it runs *across* rows and columns. A ridge along a row is one column profile times one row: rank
+# Why so late? Because it runs *slantwise* to rows and columns. A ridge along a row is one column profile times one row: rank
 # 1. A ridge along the diagonal is a different row each time; infinitely thin, it is the identity matrix.
 
 # %%
@@ -221,7 +224,7 @@ for width in (1, 5, 20):
 # > no matrix of rank *r* is closer to *M* than the first *r* terms of its SVD.
 #
 # Let us not believe it. We want a matrix of rank 8 that is closer to the hills than the truncated one, by hook or by
-# crook. First try: mixing the map from 8 of its own columns, or from 8 random rows, with the best possible
+# crook. First try: mixing the map from 8 of its own columns, or from 8 random columns, with the best possible
 # coefficients; 300 tries each.
 
 # %%
@@ -241,9 +244,10 @@ print(f"best of 300: own columns {own:.1f} ×, random ones {random:.1f} × the t
 assert 1.2 < own < 1.6 and random > 2.5
 
 # %% [markdown]
-# Second try: optimise. *Alternating least squares* starts from a random *A*, solves for the best *B*, then for the
-# best *A*, and so on. *Gradient descent* starts as LoRA does, from a random *A* and *B* = 0, and lets Adam reduce
-# ‖hills − *BA*‖². **Predict**: will they get stuck in a poor local minimum, stop at the truncation, or pass it?
+# A third farther off at best, and three times as far. Second try: optimise. *Alternating least squares* starts from a
+# random *A*, solves for the best *B*, then for the best *A*, and so on. *Gradient descent* starts as LoRA does, from a
+# random *A* and *B* = 0, and lets Adam reduce ‖hills − *BA*‖². **Predict**: will they get stuck in a poor local minimum,
+# stop at the truncation, or pass it?
 
 
 # %%
@@ -293,15 +297,15 @@ assert arrived < 1e-4 and 0.021 < ninth < 0.023
 
 # %% [markdown]
 # They neither pass it nor get stuck. Whoever dawdles does so at one height, 2.2 %: the price of holding the ninth
-# direction in the place of the eighth. Every point where the gradient vanishes is such a choice of *r* singular
+# direction in the place of the eighth. Every point where the gradient vanishes is such a choice of at most *r* singular
 # directions, and every choice but the best is a saddle with a way down (Baldi & Hornik 1989). So if LoRA's two factors
-# were trained to *copy a given* ΔW, they would end at its truncation. Chapter 07 asks what they do when they are
-# trained on text instead, and there they do not stop at the truncation.
+# were trained to *copy a given* Δ*W*, they would end at its truncation. What they do when they are trained on text is
+# another question, for chapter 07.
 #
 # **Why can nobody pass?** Because a rival has too little rank to be good everywhere. Take any *X* of rank *r*. Among
-# the mixtures of the *r* + 1 strongest directions *v*₁ … *v*_{r+1} there are more dimensions than *X* can see, so *X*
-# sends one of them, call it *x*, to zero. But *M* stretches every such mixture at least σ_{r+1}-fold. So on *x* the
-# rival is off by at least σ_{r+1}. Find that *x* for a rival of your choice:
+# the mixtures of the *r* + 1 strongest directions $v_1, \dots, v_{r+1}$ there are more dimensions than *X* can see, so
+# *X* sends one of them, call it *x*, to zero. But *M* makes every such mixture at least $\sigma_{r+1}$ times as long. So
+# on *x* the rival is off by at least $\sigma_{r+1}$. Find that *x* for a rival of your choice:
 
 # %%
 U, S, Vh = torch.linalg.svd(hills, full_matrices=False)
@@ -315,9 +319,9 @@ print(f"the hills make of it {(hills @ x).norm() / S[r]:.2f} σ_9, so there the 
 assert (rival @ x).norm() < 1e-8 * S[0] and (hills @ x).norm() >= S[r] * (1 - 1e-9)
 
 # %% [markdown]
-# This proves the theorem for the **spectral norm** ‖·‖₂, the worst direction's error: it is σ_{r+1} for the truncation
+# This proves the theorem for the **spectral norm** ‖·‖₂, the worst direction's error: it is $\sigma_{r+1}$ for the truncation
 # and at least that for everyone. In the Frobenius norm the truncation is the only best one here; in the spectral norm
-# it has company. Lower all eight kept σ by a little, and the worst direction is no worse.
+# it has company. Lower all eight kept σ by anything up to σ₉, and the worst direction is no worse.
 
 # %%
 lowered = (U[:, :r] * (S[:r] - 0.9 * S[r])) @ Vh[:r]
@@ -370,7 +374,8 @@ plots.show(figure, "Eight singular values above 8 000, then a cliff to 1.4 and b
 #
 # > **Is *r* = rank(Δ*W*) the value that keeps the most information?** It keeps everything and is useless: the rank of
 # > any measured matrix is full, so it costs more than the matrix itself. The question that helps is how much each
-# > *smaller* r keeps, and Eckart–Young answers it: (σ₁² + … + σ_r²) / Σσ² of the energy, and no matrix of rank *r* more.
+# > *smaller* r keeps, and Eckart–Young answers it: the share $(\sigma_1^2 + \dots + \sigma_r^2) / \sum \sigma^2$ of the
+# > energy, and no other matrix of rank *r* keeps more.
 #
 # How much of the *behaviour* that is, chapter 03 measures; whether a *trained* rank *r* does better, chapter 07.
 #
@@ -416,12 +421,13 @@ assert torch.isclose(S_face.square().sum(), S_shuffled.square().sum())
 
 # %% [markdown]
 # Low rank is a property of the *order*, not of the numbers. What is left without order can be predicted from one
-# number, the standard deviation σ of an entry. The singular values of an *m* × *n* matrix of independent entries end at
+# number, the standard deviation σ of an entry. The singular values of a large *m* × *n* matrix of independent entries
+# with mean 0 end at
 #
 # $$\sigma\,(\sqrt m + \sqrt n)$$
 #
-# and below this **edge** they are spread by the law of Marchenko and Pastur (1967), whatever the entries are. Test it
-# on the shuffled pixels.
+# and below this **edge** they are spread by the law of Marchenko and Pastur (1967), whatever the distribution of the
+# entries (as long as it has no wild outliers). Test it on the shuffled pixels, which are far from Gaussian.
 
 
 # %%
@@ -474,11 +480,12 @@ generator = torch.Generator().manual_seed(1)
 noise = torch.randn(n, n, generator=generator, dtype=torch.float64)
 u, v = torch.nn.functional.normalize(torch.randn(2, n, generator=generator, dtype=torch.float64), dim=1)
 strengths = [0, 10, 20, 24, 30, 40, 60, 80]
-overlaps = []
+largest, overlaps = [], []
 for s in strengths:
     left, S, _ = torch.linalg.svd(noise + s * torch.outer(u, v))
+    largest.append(float(S[0]))
     overlaps.append(float((left[:, 0] @ u) ** 2))
-    print(f"strength {s:2}: largest singular value {S[0]:5.1f}, overlap with u {overlaps[-1]:.2f}")
+    print(f"strength {s:2}: largest singular value {largest[-1]:5.1f}, overlap with u {overlaps[-1]:.2f}")
 
 # %% [markdown]
 # Below *s* = √*n* = 20 there is no trace. Above, the largest singular value leaves the noise, although the hidden term
@@ -487,10 +494,10 @@ for s in strengths:
 # (θ + 1/θ)√*n*, with the squared overlap 1 − 1/θ². For *m* × *n* the threshold is (*mn*)^¼.
 
 # %%
-for s, overlap in zip(strengths, overlaps, strict=True):
-    theory = max(0.0, 1 - n / s**2) if s else 0.0
-    assert abs(overlap - theory) < 0.15
-    assert s >= 20 or overlap < 0.05
+for s, top, overlap in zip(strengths, largest, overlaps, strict=True):
+    theta = max(s / n**0.5, 1)  # below 1 the noise answers as if nothing were there
+    assert abs(top / ((theta + 1 / theta) * n**0.5) - 1) < 0.03
+    assert abs(overlap - (1 - 1 / theta**2)) < 0.15
 
 # %% [markdown]
 # Turn both: the strength, and the size of the matrix. In larger matrices the edge is sharper.
@@ -499,8 +506,8 @@ for s, overlap in zip(strengths, overlaps, strict=True):
 explore.hidden_direction()
 
 # %% [markdown]
-# So finding a singular value above the edge means there is *something*; that its direction is the true one, only that
-# it is more likely the further it stands out. At 1.5√*n* the overlap is a little over a half.
+# So a singular value above the edge says that *something* is there. How true its direction is depends on how far it
+# stands out: hidden at 1.5√*n*, the overlap is a little over a half.
 #
 # ### Which rank is best, if there is noise?
 #
@@ -533,8 +540,9 @@ explore.noisy_photograph(photograph)
 
 # %% [markdown]
 # The threshold finds the best rank or comes near it. But mind what you see at σ = 0.8: the cut picture is closer to the
-# truth, pixel for pixel, and *your eye still does better on the noisy one*. You know that neighbouring pixels belong together; the SVD would give the same answer with all
-# rows and columns rearranged. Low rank is a weak assumption: it finds what it can, not all there is.
+# truth, pixel for pixel, and *your eye still does better on the noisy one*. You know that neighbouring pixels belong
+# together; the SVD would give the same answer with all rows and columns rearranged. Low rank is a weak assumption: it
+# finds what it can, not all there is.
 
 # %% [markdown]
 # ## 7 · Are two subspaces alike?
@@ -544,9 +552,9 @@ explore.noisy_photograph(photograph)
 #
 # $$\phi(A, B, i, j) = \frac{\lVert U_A^{i\top} U_B^{j} \rVert_F^2}{\min(i, j)}$$
 #
-# where the columns of *U_A*^i are the *i* strongest right singular vectors of *A*, directions in the space that its
-# rows live in. It is 1 where the smaller subspace lies in the larger one. **Predict**: what is it for random subspaces of 8 and 64 dimensions in a
-# space of 512: near 0, or not?
+# where the columns of the first *U* are the *i* strongest right singular vectors of *A*, directions in the space that
+# its rows live in, and those of the second the *j* strongest of *B*. It is 1 where the smaller subspace lies in the
+# larger one. **Predict**: what is it for random subspaces of 8 and 64 dimensions in a space of 512: near 0, or not?
 
 
 # %%
@@ -579,11 +587,11 @@ print(f"photograph and map with its columns rearranged: φ(8, 8) = {destroyed:.2
 assert found > 0.4 and destroyed < 0.04
 
 # %% [markdown]
-# More than twenty times chance, for a portrait and a mountain! Both are smooth: their strongest directions are slow waves from
-# left to right, and there are few of those. Rearranging the map's columns leaves its spectrum as it was and the
-# similarity falls to chance. So *a similarity above chance shows that two matrices share something; it need not
-# be what you were looking for*. The honest floor is a comparison that shares everything except the thing in
-# question. For tuning runs, chapter 03 uses a second seed.
+# More than twenty times chance, for a portrait and a mountain range! Both are smooth: their strongest directions are
+# slow waves from left to right, and there are few of those. Rearranging the map's columns leaves its spectrum as it was,
+# and the similarity falls to chance. So *a similarity above chance shows that two matrices share something; it need
+# not be what you were looking for*. The honest floor is a comparison that shares everything except the thing in
+# question.
 
 # %% [markdown]
 # ## 8 · Must everything be computed?
@@ -610,13 +618,13 @@ for name, matrix, S in (("photograph", face, S_face), ("shuffled", shuffled, S_s
     for power in (0, 1, 2):
         behind = float(torch.linalg.matrix_norm(matrix - sketched(matrix, 16, power=power)) / best) - 1
         print(f"{name}, power {power}: {behind:.1%} above the optimum")
-        assert behind < (0.35, 0.02, 0.02)[power] and (behind > 0.25 or power or S is S_shuffled)
+        assert behind < (0.35 if name == "photograph" else 0.03, 0.02, 0.02)[power]
 
 # %% [markdown]
 # A plain sketch of the photograph is more than a quarter off: the 496 weak terms leak into the products. One **power
 # iteration** multiplies by *MM*ᵀ once more, so that a direction with a tenth of the strength counts for a thousandth,
-# and the error is within 2 % of the best. On the shuffled pixels even the plain sketch is nearly as good as anything,
-# but only because the best 16 terms have little more than any other 16.
+# and the error is within 2 % of the best. On the shuffled pixels even the plain sketch is hardly behind, but only
+# because there the best 16 terms hold no more than a tenth of the energy.
 #
 # `lowrank.randomized_svd` does as many power iterations as the spectrum asks for, and returns the error that it
 # measured; asked for a share of the energy, it finds the rank.
@@ -649,8 +657,8 @@ assert error <= 1.02 * torch.linalg.svdvals(large)[16:].square().sum().sqrt()
 # %% [markdown]
 # **Use the randomised SVD** when the matrix is large, the rank wanted is small beside it (*r* + 10 below about half of
 # the smaller side), and only the leading terms matter. **Use the full one** for anything that asks about the tail: the
-# effective rank, the numerical rank, the shape of the noise. TinyLM's matrices are 100 wide, so chapter 03 mostly takes
-# the full one. Extracting an adapter from a model of billions (chapter 10) cannot.
+# effective rank, the numerical rank, the shape of the noise. For TinyLM's matrices, 100 wide, the full one is a
+# matter of milliseconds; for a model of billions it is not.
 #
 # ## The same from the package
 #
@@ -671,7 +679,7 @@ print("lora_edu.lowrank gives the same")
 #
 # - Rank *r* means *M* = *BA* with *r*(*m* + *n*) numbers, *r*² of them idle.
 # - The SVD sorts a matrix into terms by strength. Cut after *r* of them: no matrix of rank *r* is closer, and the error is
-#   √(σ²_{r+1} + …). Gradient descent on two factors finds the same.
+#   $\sqrt{\sigma_{r+1}^2 + \dots}$. Gradient descent on two factors finds the same.
 # - Every measured or rounded matrix has full rank. Ask how the spectrum falls, and give the measure with the number.
 # - 90 % of the energy is a third of the distance away, and what was cut may be what you came for.
 # - Noise fills the spectrum up to σ(√*m* + √*n*). A structure weaker than σ(*mn*)^¼ leaves no trace in it.
@@ -696,8 +704,8 @@ answer = r * (m + n) - r**2
 print(exercises.check_01_1(answer))
 
 # %% [markdown] tags=["solution"]
-# *B* and *A* store *r*(*m* + *n*) = 80 800 numbers. Replacing *B* by *BM* and *A* by *M*⁻¹*A* changes all of them and
-# not the product; *M* has *r*² = 64 entries.
+# *B* and *A* store *r*(*m* + *n*) = 80 800 numbers. Replacing *B* by *BG* and *A* by *G*⁻¹*A* changes all of them and
+# not the product; *G* has *r*² = 64 entries.
 
 # %% [markdown] tags=["exercise"]
 # **2.** What is the smallest rank that keeps 90 % of the energy of `hills`? Use nothing but `torch.linalg.svdvals`.

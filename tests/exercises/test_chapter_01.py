@@ -46,7 +46,7 @@ def test_the_right_answer_is_right_and_says_why(number, answer, words):
 @pytest.mark.parametrize(
     "number, answer, words",
     [
-        (1, 80_800, "BM and M⁻¹A give the same product"),
+        (1, 80_800, "BG and G⁻¹A give the same product"),
         (1, 80_864, "mind the sign"),
         (1, 80_792, "not only its diagonal"),
         (1, 1_000_000, "a matrix of any rank"),
