@@ -145,9 +145,8 @@ print(f"{len(S)} singular values, from {S[0]:.1f} to {S[-1]:.3f}")
 
 # %% [markdown]
 # All *u* are at right angles to each other, and so are all *v*. So squares add up, as in Pythagoras' theorem: the sum
-# of all squared entries, $\lVert M \rVert_F^2$ (call it **energy**), is Σσ². Cutting after *r* terms keeps the share
-# $(\sigma_1^2 + \dots + \sigma_r^2) / \sum \sigma^2$, and what is missing has the norm
-# $\sqrt{\sigma_{r+1}^2 + \sigma_{r+2}^2 + \dots}$.
+# of all squared entries, ‖*M*‖² in the Frobenius norm (call it **energy**), is Σσ². Cutting after *r* terms keeps the
+# share (σ₁² + … + σᵣ²) / Σσ², and what is missing has the norm √(σᵣ₊₁² + σᵣ₊₂² + …).
 
 # %%
 r = 16
@@ -198,8 +197,8 @@ explore.elevation_rank(heights)
 # is 32 % of the distance**. And the long ridge in the upper right, which anyone would draw first, is not there. It
 # comes out between rank 16 and rank 32, with the last few percent.
 #
-# Why so late? Because it runs *slantwise* to rows and columns. A ridge along a row is one column profile times one row: rank
-# 1. A ridge along the diagonal is a different row each time; infinitely thin, it is the identity matrix.
+# Why so late? Because it runs *slantwise* to rows and columns. A ridge along a row is one column profile times one row
+# and has rank 1. A ridge along the diagonal is a different row each time; infinitely thin, it is the identity matrix.
 
 # %%
 place = torch.arange(200.0, dtype=torch.float64)
@@ -303,9 +302,9 @@ assert arrived < 1e-4 and 0.021 < ninth < 0.023
 # another question, for chapter 07.
 #
 # **Why can nobody pass?** Because a rival has too little rank to be good everywhere. Take any *X* of rank *r*. Among
-# the mixtures of the *r* + 1 strongest directions $v_1, \dots, v_{r+1}$ there are more dimensions than *X* can see, so
-# *X* sends one of them, call it *x*, to zero. But *M* makes every such mixture at least $\sigma_{r+1}$ times as long. So
-# on *x* the rival is off by at least $\sigma_{r+1}$. Find that *x* for a rival of your choice:
+# the mixtures of the *r* + 1 strongest directions *v*₁, …, *v*ᵣ₊₁ there are more dimensions than *X* can see, so
+# *X* sends one of them, call it *x*, to zero. But *M* makes every such mixture at least σᵣ₊₁ times as long. So on *x* the
+# rival is off by at least σᵣ₊₁. Find that *x* for a rival of your choice:
 
 # %%
 U, S, Vh = torch.linalg.svd(hills, full_matrices=False)
@@ -319,7 +318,7 @@ print(f"the hills make of it {(hills @ x).norm() / S[r]:.2f} σ_9, so there the 
 assert (rival @ x).norm() < 1e-8 * S[0] and (hills @ x).norm() >= S[r] * (1 - 1e-9)
 
 # %% [markdown]
-# This proves the theorem for the **spectral norm** ‖·‖₂, the worst direction's error: it is $\sigma_{r+1}$ for the truncation
+# This proves the theorem for the **spectral norm** ‖·‖₂, the worst direction's error: it is σᵣ₊₁ for the truncation
 # and at least that for everyone. In the Frobenius norm the truncation is the only best one here; in the spectral norm
 # it has company. Lower all eight kept σ by anything up to σ₉, and the worst direction is no worse.
 
@@ -374,8 +373,8 @@ plots.show(figure, "Eight singular values above 8 000, then a cliff to 1.4 and b
 #
 # > **Is *r* = rank(Δ*W*) the value that keeps the most information?** It keeps everything and is useless: the rank of
 # > any measured matrix is full, so it costs more than the matrix itself. The question that helps is how much each
-# > *smaller* r keeps, and Eckart–Young answers it: the share $(\sigma_1^2 + \dots + \sigma_r^2) / \sum \sigma^2$ of the
-# > energy, and no other matrix of rank *r* keeps more.
+# > *smaller* r keeps, and Eckart–Young answers it: the share (σ₁² + … + σᵣ²) / Σσ² of the energy,
+# > and no other matrix of rank *r* keeps more.
 #
 # How much of the *behaviour* that is, chapter 03 measures; whether a *trained* rank *r* does better, chapter 07.
 #
@@ -424,7 +423,7 @@ assert torch.isclose(S_face.square().sum(), S_shuffled.square().sum())
 # number, the standard deviation σ of an entry. The singular values of a large *m* × *n* matrix of independent entries
 # with mean 0 end at
 #
-# $$\sigma\,(\sqrt m + \sqrt n)$$
+# > σ(√*m* + √*n*),
 #
 # and below this **edge** they are spread by the law of Marchenko and Pastur (1967), whatever the distribution of the
 # entries (as long as it has no wild outliers). Test it on the shuffled pixels, which are far from Gaussian.
@@ -491,7 +490,7 @@ for s in strengths:
 # Below *s* = √*n* = 20 there is no trace. Above, the largest singular value leaves the noise, although the hidden term
 # alone is still only half as strong as the noise: signal and noise add up. And the direction turns gradually. With
 # θ = *s*/√*n* theory says (Benaych-Georges & Nadakuditi 2012): nothing up to θ = 1; then a singular value at
-# (θ + 1/θ)√*n*, with the squared overlap 1 − 1/θ². For *m* × *n* the threshold is (*mn*)^¼.
+# (θ + 1/θ)√*n*, with the squared overlap 1 − 1/θ². For *m* × *n* the threshold is ∜(*mn*).
 
 # %%
 for s, top, overlap in zip(strengths, largest, overlaps, strict=True):
@@ -550,10 +549,10 @@ explore.noisy_photograph(photograph)
 # Do two matrices have their strongest directions in common? Chapter 03 asks it of two tuning runs, and the LoRA paper
 # of two ranks (§7.2, equation 4). The measure is
 #
-# $$\phi(A, B, i, j) = \frac{\lVert U_A^{i\top} U_B^{j} \rVert_F^2}{\min(i, j)}$$
+# > φ(*A*, *B*, *i*, *j*) = ‖*U*ᵀ*V*‖² / min(*i*, *j*),
 #
-# where the columns of the first *U* are the *i* strongest right singular vectors of *A*, directions in the space that
-# its rows live in, and those of the second the *j* strongest of *B*. It is 1 where the smaller subspace lies in the
+# where the columns of *U* are the *i* strongest right singular vectors of *A*, directions in the space that its rows
+# live in, and those of *V* the *j* strongest of *B*. It is 1 where the smaller subspace lies in the
 # larger one. **Predict**: what is it for random subspaces of 8 and 64 dimensions in a space of 512: near 0, or not?
 
 
@@ -679,10 +678,10 @@ print("lora_edu.lowrank gives the same")
 #
 # - Rank *r* means *M* = *BA* with *r*(*m* + *n*) numbers, *r*² of them idle.
 # - The SVD sorts a matrix into terms by strength. Cut after *r* of them: no matrix of rank *r* is closer, and the error is
-#   $\sqrt{\sigma_{r+1}^2 + \dots}$. Gradient descent on two factors finds the same.
+#   √(σᵣ₊₁² + σᵣ₊₂² + …). Gradient descent on two factors finds the same.
 # - Every measured or rounded matrix has full rank. Ask how the spectrum falls, and give the measure with the number.
 # - 90 % of the energy is a third of the distance away, and what was cut may be what you came for.
-# - Noise fills the spectrum up to σ(√*m* + √*n*). A structure weaker than σ(*mn*)^¼ leaves no trace in it.
+# - Noise fills the spectrum up to σ(√*m* + √*n*). A structure weaker than σ∜(*mn*) leaves no trace in it.
 # - Similarity of subspaces begins at max(*i*, *j*) / *d*, and shared habits lift it further.
 # - For the leading terms of a large matrix a sketch with a power iteration or two is as good as the SVD.
 
@@ -804,8 +803,8 @@ print(exercises.check_01_6(answer))
 # %% [markdown]
 # ## Where to read on
 #
-# - Eckart & Young, *The approximation of one matrix by another of lower rank*, Psychometrika 1 (1936): three pages of
-#   argument. For the proof of section 3: Trefethen & Bau, *Numerical Linear Algebra* (1997), lectures 4 and 5.
+# - Eckart & Young, *The approximation of one matrix by another of lower rank*, Psychometrika 1 (1936), eight
+#   pages. For the proof of section 3: Trefethen & Bau, *Numerical Linear Algebra* (1997), lectures 4 and 5.
 # - Baldi & Hornik, *Neural networks and principal component analysis: learning from examples without local minima*,
 #   Neural Networks 2 (1989): why gradient descent on two factors finds the truncation.
 # - Halko, Martinsson & Tropp, *Finding structure with randomness* (2011, arXiv 0909.4061), sections 1.3 to 1.6 for the
