@@ -28,7 +28,7 @@ def lora_linear(
     base = F.linear(x, weight, bias)
     x = F.dropout(x, dropout) if dropout > 0 else x
     low = F.linear(x.to(lora_A.dtype), lora_A)
-    return (base + F.linear(scaling * low, lora_B)).to(base.dtype)
+    return base.add_(F.linear(scaling * low, lora_B))  # in place: no third array as large as the output
 
 
 def lora_embedding(
@@ -60,7 +60,7 @@ def lora_embedding(
     rows = F.embedding(tokens, lora_A, None, None, 2.0, scale_grad_by_freq, sparse)
     if padding_idx is not None:  # masks the gradient too
         rows = rows.masked_fill((tokens == padding_idx).unsqueeze(-1), 0.0)
-    return (base + F.linear(scaling * rows, lora_B)).to(base.dtype)
+    return base.add_(F.linear(scaling * rows, lora_B))
 
 
 def clip_norm(rows: Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:
