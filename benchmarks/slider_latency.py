@@ -48,11 +48,11 @@ LATEST = (
 
 def measure(notebook: driver.NotebookPage, chapter: str, presses: int) -> list[dict]:
     """A row for each explorer of an open notebook."""
-    notebook.run_all(600)
+    notebook.run_all(1800)
     drawn = notebook.drawn()
     rows = []
     for index in notebook.explorers():
-        cell = notebook.cell(index)
+        cell = notebook.cell(index, ".noUi-handle")
         [drawing] = drawn[index]
         cell.evaluate(LISTEN)
         changes, frames = [], []

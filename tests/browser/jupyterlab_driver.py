@@ -188,18 +188,18 @@ class NotebookPage:
         """What the kernel knows of each explorer, by cell: how many pictures, seconds, bytes, complaints."""
         return {int(cell): told for cell, told in json.loads(self.page.evaluate(ASK_KERNEL, TELL)).items()}
 
-    def cell(self, index: int) -> ElementHandle:
-        """The cell, scrolled into view: JupyterLab draws no others."""
-        self.page.evaluate(SCROLL_TO, index)
-        node = self.page.evaluate_handle(
+    def cell(self, index: int, content: str = "img") -> ElementHandle:
+        """The cell, scrolled until its output shows `content` (a CSS selector) and stays where it is.
+
+        JupyterLab takes cells out of the page that are far from what is seen, and cells that are drawn late
+        push others away.
+        """
+        self.page.wait_for_function(SETTLED, arg=[index, content], polling=100)
+        return self.page.evaluate_handle(
             f"index => ({PANEL}).content.widgets[index].node", index
         ).as_element()
-        node.wait_for_selector(".jp-Cell-outputArea img", state="visible")
-        node.query_selector(".jp-Cell-outputArea").scroll_into_view_if_needed()
-        return node
 
     def sliders(self, cell: ElementHandle) -> list[ElementHandle]:
-        cell.wait_for_selector(".noUi-handle", state="visible")
         return cell.query_selector_all(".noUi-handle")
 
     def view(self, cell: ElementHandle) -> View:
@@ -278,10 +278,22 @@ CELLS_WITH = f"""mime => {PANEL}.content.widgets
   .filter(([index, outputs]) => outputs.some(output => output.data && mime in output.data))
   .map(([index]) => index)"""
 
-SCROLL_TO = f"""async index => {{
+SETTLED = f"""([index, content]) => {{
   const notebook = {PANEL}.content;
-  notebook.activeCellIndex = index;
-  await notebook.scrollToItem(index, "start");
+  const node = notebook.widgets[index].node;
+  const part = node.isConnected && node.querySelector(`.jp-Cell-outputArea ${{content}}`);
+  const box = part && part.getBoundingClientRect();
+  const seen = box && box.height > 0 && box.bottom > 100 && box.top < window.innerHeight - 100
+    && (part.tagName !== "IMG" || (part.complete && part.naturalWidth > 0));
+  const before = window.courseSettled;
+  const calm = seen && before && before.index === index && before.top === box.top ? before.calm + 1 : 0;
+  window.courseSettled = {{ index, top: box ? box.top : null, calm }};
+  if (!seen) {{
+    notebook.activeCellIndex = index;
+    if (part) part.scrollIntoView({{ block: "center" }});
+    else notebook.scrollToItem(index, "start");
+  }}
+  return calm >= 3;
 }}"""
 
 TELL = """

@@ -18,7 +18,8 @@ SOLUTIONS = [  # most have no explorer, and then there is nothing to see here
     for path in sorted((REPOSITORY / "notebooks" / "solutions").glob("[0-9][0-9]_*.ipynb"))
     if re.search(r"\b(explore\.|Explorer\()", path.read_text(encoding="utf-8"))
 ]
-RUN_SECONDS = 600
+RUN_SECONDS = 1800
+SLIDER = ".noUi-handle"
 MOST_BYTES = 800_000  # of one explorer: what a photograph may take, lines take less
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
@@ -93,7 +94,7 @@ def read_turn_and_reopen(opened: Callable[[str], NotebookPage], server: Server, 
     drawn = notebook.drawn()
     walked = {}
     for index in explorers:
-        cell = notebook.cell(index)
+        cell = notebook.cell(index, SLIDER)
         for drawing in drawn[index]:
             assert not drawing["complaints"], f"cell {index}, in its pictures: {drawing['complaints']}"
             assert drawing["bytes"] <= MOST_BYTES, f"cell {index}, all pictures: {drawing['bytes']} bytes"
@@ -106,7 +107,7 @@ def read_turn_and_reopen(opened: Callable[[str], NotebookPage], server: Server, 
     again = opened(name)
     assert again.explorers() == explorers
     for index in explorers:
-        cell = again.cell(index)
+        cell = again.cell(index, SLIDER)
         assert again.walk(cell) == walked[index], f"cell {index}, reopened, shows other pictures"
         assert not again.broken_links(cell), f"cell {index}, reopened, is marked as broken"
     return before, explorers
@@ -146,4 +147,4 @@ def test_two_explorers_of_one_cell_both_live(opened, server):
     notebook = opened("both.ipynb")
     notebook.run_all(RUN_SECONDS)
     notebook.run_all(RUN_SECONDS)
-    assert len(notebook.sliders(notebook.cell(2))) == 3
+    assert len(notebook.sliders(notebook.cell(2, SLIDER))) == 3
