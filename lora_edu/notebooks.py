@@ -6,6 +6,7 @@ what the chapters say; readers never need it.
 
 import argparse
 import ast
+import base64
 import hashlib
 import os
 import subprocess
@@ -35,6 +36,8 @@ METADATA = {
         "pygments_lexer": "ipython3",
     },
 }
+# Shown outside the notebooks: file in images/ → the notebook and how the sentence under the picture begins.
+IMAGES = {"what_each_rank_keeps.png": ("03_finetuning_deltas", "Every ΔW cut to rank 8")}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -202,6 +205,20 @@ def build(name: str, folder: Path = FOLDER) -> None:
         write(edition)
         size = edition.path.stat().st_size / 1e6
         print(f"{edition.name}: {time.perf_counter() - start:.0f} s, {size:.2f} MB", flush=True)
+    for file, (drawn_in, _) in IMAGES.items():
+        if drawn_in == name:
+            write_atomically(folder / "images" / file, image(file, folder))
+
+
+def image(file: str, folder: Path = FOLDER) -> bytes:
+    """The PNG of IMAGES, out of the notebook that drew it."""
+    name, beginning = IMAGES[file]
+    for cell in nbformat.read(folder / f"{name}.ipynb", as_version=4).cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if data.get("text/plain", "").startswith(beginning) and "image/png" in data:
+                return base64.b64decode(data["image/png"])
+    raise ValueError(f"{name}.ipynb has no picture whose sentence begins with {beginning!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -317,13 +317,20 @@ def product(panels: Mapping[str, Sequence], signs: Sequence[str]) -> Figure:
     )
     for index, (axes, (title, matrix)) in enumerate(zip(row, panels.items(), strict=True)):
         values = np.asarray(matrix)
-        axes.imshow(values, cmap=DIVERGING, vmin=-2.5, vmax=2.5, extent=(0, values.shape[1], values.shape[0], 0))
+        axes.imshow(
+            values, cmap=DIVERGING, vmin=-2.5, vmax=2.5, extent=(0, values.shape[1], values.shape[0], 0)
+        )
         axes.set(title=title, xticks=[], yticks=[])
         axes.title.set_horizontalalignment("left")
         axes.spines[:].set_visible(True)
         if index < len(signs):
             axes.annotate(
-                signs[index], (1, 0.5), (9, 0), xycoords="axes fraction", textcoords="offset points", va="center"
+                signs[index],
+                (1, 0.5),
+                (9, 0),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                va="center",
             )
     return made
 
@@ -364,7 +371,9 @@ def factors(axes: Axes, names: Sequence[str], values: Sequence[float]) -> list[L
     for row, value in enumerate(values):
         drawn += axes.plot([1, value], [row, row], color=BLUE, linewidth=2)
         drawn += axes.plot(value, row, "o", color=BLUE, markersize=7)
-        axes.annotate(f"{value:.3g}", (value, row), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
+        axes.annotate(
+            f"{value:.3g}", (value, row), (0, 7), textcoords="offset points", ha="center", fontsize=8.5
+        )
     axes.axvline(1, color=GREY, linewidth=1)
     axes.set(xscale="log", xlim=(1 / 32, 32), ylim=(len(names) - 0.5, -0.6))
     axes.set_yticks(range(len(names)), names)
@@ -500,8 +509,8 @@ def heat(axes: Axes, grid, title: str, x: str, y: str) -> AxesImage:
 
 @style()
 def norm_against_count(axes: Axes, counts, norms: Mapping[str, Sequence[float]], **labels) -> list[Line2D]:
-    """Row norm of an update against how often the row's token occurs, a dot a token; count 0 stands at 0.5."""
-    x = np.maximum(np.asarray(counts, float), 0.5)
+    """Row norm of an update against how often the row's token occurs, a dot a token; count 0 stands at 0.2."""
+    x = np.maximum(np.asarray(counts, float), 0.2)
     drawn = []
     for (name, y), colour in zip(norms.items(), PALETTE, strict=False):
         drawn += axes.loglog(x, np.asarray(y), ".", color=colour, markersize=2, alpha=0.35, label=name)
@@ -511,6 +520,7 @@ def norm_against_count(axes: Axes, counts, norms: Mapping[str, Sequence[float]],
     axes.set(
         **{"xlabel": "times the token occurs in the tuning text", "ylabel": "norm of its row of ΔW"} | labels
     )
-    plain_ticks(axes.xaxis, (0.5, 1, 10, 100, 1000, 10_000))
+    plain_ticks(axes.xaxis, (0.2, 1, 10, 100, 1000, 10_000))
     axes.xaxis.set_major_formatter(FixedFormatter(["never", "1", "10", "100", "1,000", "10,000"]))
+    plain_ticks(axes.yaxis, (0.01, 0.1, 1, 10))
     return drawn

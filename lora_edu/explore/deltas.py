@@ -173,7 +173,7 @@ def rounding(
         above = int((1.05 * floor < S).sum())
         axes = figure.subplots()
         plots.spectrum(
-            axes, S.clamp(min=1e-9), kept=above, edge=floor, edge_name="rounding floor", ylim=(1e-7, 10)
+            axes, S.clamp(min=1e-9), kept=above, edge=floor, edge_name="rounding floor", ylim=(1e-7, 3)
         )
         axes.set_title(f"ΔW of rank {true} read back from {format}: 90 % of the energy takes rank {rank}")
         return (

@@ -15,7 +15,9 @@ KINDS = ["query", "up"]
 def group(seed, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"query": (40, 40), "up": (80, 40)}
-    return {kind: [scale * torch.randn(shapes[kind], generator=generator) for _ in range(2)] for kind in KINDS}
+    return {
+        kind: [scale * torch.randn(shapes[kind], generator=generator) for _ in range(2)] for kind in KINDS
+    }
 
 
 @cache

@@ -127,3 +127,9 @@ def test_solutions_are_right(edition):
 def test_no_notebook_without_a_source():
     built = {path for path in notebooks.FOLDER.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts}
     assert {path.stem for path in built} <= set(notebooks.names())
+
+
+@pytest.mark.parametrize("file", sorted(notebooks.IMAGES))
+def test_a_picture_shown_elsewhere_is_the_notebooks_own(file):
+    assert (notebooks.FOLDER / "images" / file).read_bytes() == notebooks.image(file)
+    assert f"notebooks/images/{file}" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
