@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lora_edu.paths import REPOSITORY, user_folder
@@ -101,8 +101,9 @@ def data_files() -> Iterator[tuple[str, bool, str]]:
         yield "MANIFEST.json", False, str(error)
 
 
-def chapters(wrong_data: Sequence[str] = ()) -> Iterator[tuple[str, list[str]]]:
+def chapters(wrong_data: Iterable[str] = ()) -> Iterator[tuple[str, list[str]]]:
     """(name, what it lacks to run here) for every chapter beside the package, in reading order."""
+    wrong_data = list(wrong_data)
     for path in sorted((REPOSITORY / "notebooks").glob("[0-9]*.ipynb")):
         yield path.stem, lacking(path, wrong_data)
 

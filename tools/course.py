@@ -19,7 +19,7 @@ OLDEST = (3, 11)
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
 COMMANDS = {
     "lab": ["-m", "lora_edu.cli", "lab"],
-    "test": ["-m", "pytest", "-n", "2", "--dist", "loadgroup"],
+    "test": ["-m", "pytest", "-n", "2", "--dist", "loadfile"],  # a notebook's cells stay with one worker
     "notebooks": ["-m", "lora_edu.notebooks", "build"],
     "data": ["-m", "lora_edu.cli", "data"],
     "bench": ["-m", "benchmarks"],

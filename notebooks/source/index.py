@@ -18,6 +18,7 @@
 # | [01 · Low rank](01_low_rank.ipynb) ([solutions](solutions/01_low_rank.ipynb)) | define rank, read a spectrum, state and check Eckart–Young, tell structured matrices from random ones, know when to use a randomised SVD |
 # | [03 · What fine-tuning changes](03_finetuning_deltas.ipynb) ([solutions](solutions/03_finetuning_deltas.ipynb)) | compute ΔW between two checkpoints, say how much of the behaviour each rank keeps, compare runs by subspace, tell rounding and rare rows from signal, do it all on two checkpoints of your own |
 # | [04 · Counting](04_counting.ipynb) ([solutions](solutions/04_counting.ipynb)) | count the parameters, bytes and FLOPs of LoRA for any shape and rank, find the rank from which on it saves nothing, recompute the LoRA paper's counts, predict the memory of a training step and check it |
+# | [05 · LoRA for a linear layer](05_lora_linear.ipynb) ([solutions](solutions/05_lora_linear.ipynb)) | write LoRA for a linear layer in a dozen lines, say what a step of A and B does to ΔW, explain the two inits, alpha / r and the dropout, average two adapters without ruining them, merge and unmerge exactly |
 #
 # Opened through `make lab`, these notebooks are your own copies: change what you like. Delete one, and the next
 # start brings it back as it was.
@@ -29,7 +30,8 @@
 # %% tags=["nbval-ignore-output"]
 from lora_edu import doctor
 
-missing = dict(doctor.chapters(name for name, right, _ in doctor.data_files() if not right))
+damaged = [name for name, right, _ in doctor.data_files() if not right]
+missing = dict(doctor.chapters(damaged))
 for chapter, lacks in missing.items():
     print(chapter, "can run here" if not lacks else f"lacks: {'; '.join(lacks)}")
 assert not any(missing.values())
