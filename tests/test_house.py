@@ -174,6 +174,13 @@ def test_readme_and_index_list_the_chapters_that_are_there():
     assert readme == index
 
 
+def test_the_minutes_in_the_table_are_those_the_chapters_say():
+    for name, row in rows((REPOSITORY / "README.md").read_text(encoding="utf-8")).items():
+        source = (notebooks.FOLDER / "source" / f"{name}.py").read_text(encoding="utf-8")
+        said = re.search(r"(\d+) minutes to read", source)
+        assert said and row.split(" | ")[2] == said[1], f"{name}: {row}"
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "notebooks/index.ipynb"])
 def test_links_lead_somewhere(name):
     text = (REPOSITORY / name).read_text(encoding="utf-8")
