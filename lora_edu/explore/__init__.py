@@ -3,6 +3,7 @@
 from lora_edu.explore.counting import Calculator, calculator, rank_and_shape, table_and_square, which_matrices
 from lora_edu.explore.deltas import rare_rows, rounding, spectra_by_kind, truncation, two_seeds
 from lora_edu.explore.explorer import Explorer
+from lora_edu.explore.lora_embedding import bytes_moved, first_step
 from lora_edu.explore.lora_linear import alpha_that_does_nothing, gradient_norms, seen_through
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
 
@@ -10,8 +11,10 @@ __all__ = [
     "Calculator",
     "Explorer",
     "alpha_that_does_nothing",
+    "bytes_moved",
     "calculator",
     "elevation_rank",
+    "first_step",
     "gradient_norms",
     "hidden_direction",
     "noisy_photograph",
