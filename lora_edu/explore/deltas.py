@@ -142,7 +142,7 @@ def rare_rows(
         )
         ranks = {name: lowrank.stable_rank(S) for name, S in spectra.items()}
         right.set_title("stable rank: " + ", ".join(f"{name} {rank:.1f}" for name, rank in ranks.items()))
-        what = "All rows" if n == 0 else f"Rows of tokens that occur {n} times or more"
+        what = "All rows" if n == 0 else f"Rows of tokens that occur at least {n} time{'s' * (n > 1)}"
         parts = (
             f"{name} {shares[name]:.0%} of its energy, stable rank {ranks[name]:.1f}" for name in updates
         )
