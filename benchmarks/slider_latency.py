@@ -142,6 +142,7 @@ def main() -> None:
     path = driver.chromium_path()
     if path is None:
         sys.exit("no Chromium or Chrome on this machine: install one or name it in LORA_EDU_CHROMIUM")
+    command = f"python benchmarks/slider_latency.py {' '.join(chapters)} --presses {chosen.presses}"
     rows = []
     with (
         tempfile.TemporaryDirectory() as home,
@@ -154,18 +155,20 @@ def main() -> None:
             rows += measure(notebook, chapter, chosen.presses)
             notebook.close()
             server.stop_kernels()
-        conditions = {
-            "command": f"python benchmarks/slider_latency.py {' '.join(chapters)} --presses {chosen.presses}",
-            "browser": f"Chromium {browser.version}, headless, {driver.WIDTH} × {driver.HEIGHT}",
-            "jupyterlab": version("jupyterlab"),
-            "ipywidgets": version("ipywidgets"),
-            "matplotlib": version("matplotlib"),
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        }
-    record = json.dumps({"conditions": conditions, "explorers": rows}, indent=1, ensure_ascii=False)
-    write_atomically(RESULTS / "slider_latency.json", f"{record}\n".encode())
+            save(rows, command, browser.version)  # chapter by chapter: the next one may take long
+
+
+def save(rows: list[dict], command: str, chromium: str) -> None:
+    record = {
+        "command": command,
+        "where": f"Chromium {chromium}, headless, {driver.WIDTH} × {driver.HEIGHT}; {platform.system()} "
+        f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("jupyterlab", "ipywidgets", "matplotlib")},
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "rows": rows,
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(RESULTS / "slider_latency.json", text.encode())
     write_atomically(RESULTS / "slider_latency.png", picture(rows))
 
 
