@@ -46,6 +46,7 @@ def make_kernel(folder: Path) -> None:
             "IPYTHONDIR": str(folder / "ipython"),
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
             **dict.fromkeys(THREADS, "2"),
+            "OMP_WAIT_POLICY": "PASSIVE",  # two notebooks share the cores: a thread that waits must not spin
         },
     }
     place = folder / "kernels" / KERNEL
