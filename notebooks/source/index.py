@@ -15,11 +15,10 @@
 #
 # | chapter | afterwards you can | minutes to read | to run |
 # | --- | --- | --- | --- |
-# | [01 · Low rank](01_low_rank.ipynb) ([solutions](solutions/01_low_rank.ipynb)) | define rank, read a spectrum, state and check Eckart–Young, tell structured matrices from random ones, know when to use a randomised SVD |
-# | [03 · What fine-tuning changes](03_finetuning_deltas.ipynb) ([solutions](solutions/03_finetuning_deltas.ipynb)) | compute ΔW between two checkpoints, say how much of the behaviour each rank keeps, compare runs by subspace, tell rounding and rare rows from signal, do it all on two checkpoints of your own |
-# | [04 · Counting](04_counting.ipynb) ([solutions](solutions/04_counting.ipynb)) | count the parameters, bytes and FLOPs of LoRA for any shape and rank, find the rank from which on it saves nothing, recompute the LoRA paper's counts, predict the memory of a training step and check it |
+# | [01 · Low rank](01_low_rank.ipynb) ([solutions](solutions/01_low_rank.ipynb)) | define rank, read a spectrum, state and check Eckart–Young, tell structured matrices from random ones, know when to use a randomised SVD | 40 | 1 |
+# | [03 · What fine-tuning changes](03_finetuning_deltas.ipynb) ([solutions](solutions/03_finetuning_deltas.ipynb)) | compute ΔW between two checkpoints, say how much of the behaviour each rank keeps, compare runs by subspace, tell rounding and rare rows from signal, do it all on two checkpoints of your own | 60 | 2 |
+# | [04 · Counting](04_counting.ipynb) ([solutions](solutions/04_counting.ipynb)) | count the parameters, bytes and FLOPs of LoRA for any shape and rank, find the rank from which on it saves nothing, recompute the LoRA paper's counts, predict the memory of a training step and check it | 45 | 1 |
 # | [05 · LoRA for a linear layer](05_lora_linear.ipynb) ([solutions](solutions/05_lora_linear.ipynb)) | write LoRA for a linear layer in a dozen lines, say what a step of A and B does to ΔW, explain the two inits, alpha / r and the dropout, average two adapters without ruining them, merge and unmerge exactly | 60 | 1 |
-# | [05 · LoRA for a linear layer](05_lora_linear.ipynb) ([solutions](solutions/05_lora_linear.ipynb)) | write LoRA for a linear layer in a dozen lines, say what a step of A and B does to ΔW, explain the two inits, alpha / r and the dropout, average two adapters without ruining them, merge and unmerge exactly |
 # | [06 · LoRA for an embedding](06_lora_embedding_gpu.ipynb) ([solutions](solutions/06_lora_embedding_gpu.ipynb)) | write LoRA for an embedding, say which rows of the table a step moves and why the inits are swapped, read loralib's `Embedding` line by line, count the bytes a step must move, merge when the output layer shares the table | 45 | 1 |
 #
 # Opened through `make lab`, these notebooks are your own copies: change what you like. Delete one, and the next
