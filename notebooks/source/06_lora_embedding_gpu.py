@@ -1,0 +1,775 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation: {extension: .py, format_name: percent}
+# ---
+
+# %% [markdown]
+# # 06 · LoRA for an embedding
+#
+# A layer that multiplies nothing and only looks things up: what is there to factorise? This chapter finds the matrix
+# product in the look-up, and then takes care never to compute it.
+#
+# **Afterwards you can** write LoRA for an embedding in a dozen lines, in anybody's letters; say which rows of the table
+# a step moves, and why `lora_A` starts at zero here and `lora_B` in a linear layer; read loralib's `Embedding` line by
+# line and know what torch's options do in it; count the bytes that a step has to move, and those that an
+# implementation does move; merge when the output layer shares the table, or know why not to.
+#
+# **You should know** LoRA for a linear layer (LoRA paper §4.1, or chapter 05), and how to count *A* and *B* (chapter
+# 04). **Time:** 45 minutes to read, one to run.
+#
+# Everything here runs on a CPU. Doing the whole look-up in one fused GPU kernel is not part of this chapter yet.
+
+# %% tags=["setup"]
+import inspect
+import statistics
+import time
+
+import loralib
+import peft
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_edu import exercises, explore, plots
+from lora_edu.data import load_checkpoint, load_corpus
+from lora_edu.explore.lora_embedding import first_move, short, traffic
+from lora_edu.lora import LoRAEmbedding, add_lora, trainable_parameters
+from lora_edu.tinylm import TinyLM
+from lora_edu.training import Batches, evaluate, fit
+
+# %% [markdown]
+# ## 1 · A look-up is a one-hot product
+#
+# The table *W* has a row of *d* numbers for each of *V* tokens, and the layer returns row *t* for token *t*. Write the
+# token as a row of *V* numbers, all zero but a one at place *t*. **Predict**: what is that row times *W*?
+
+# %%
+torch.manual_seed(0)
+V, d, r, alpha = 12, 6, 2, 4
+W = torch.randn(V, d)
+tokens = torch.tensor([3, 7, 3])
+one_hot = F.one_hot(tokens, V).float()
+print(one_hot.int())
+assert torch.equal(one_hot @ W, F.embedding(tokens, W)) and torch.equal(W[tokens], F.embedding(tokens, W))
+
+# %%
+panels = {"tokens 3, 7, 3": one_hot, "W: (V, d)": W, "their rows": one_hot @ W}
+plots.show(
+    plots.product(panels, ["×", "="]), "Three one-hot rows times the table give rows 3, 7 and 3 of it."
+)
+
+# %% [markdown]
+# Every product in it is with 0 or 1, and all but one are with 0. So an embedding *is* a linear layer, whose input
+# happens to be one-hot, and whoever knows the place of the one does not multiply at all: reading row *t* gives the same
+# numbers, to the last bit. That is why the embedding may have LoRA, and why it costs something else than a linear layer.
+#
+# ### The paper's letters, the note's, loralib's, PEFT's, ours
+#
+# The paper writes columns: *h* = *Wx* with *W* of shape (out, in), and Δ*W* = *BA* with *B* (out, *r*) and *A* (*r*, in).
+# For the embedding as a linear layer, in = *V* and out = *d*, so *BA* has the shape (*d*, *V*). But the table is stored
+# with a token a row, (*V*, *d*). Hence the transpose that puzzles readers of the code:
+#
+# > **Δ*W* = *s* · (*BA*)ᵀ = *s* · *A*ᵀ*B*ᵀ,** with *s* = alpha / *r*.
+#
+# | | on the token side | on the other side | Δ*W* of the (*V*, *d*) table |
+# | --- | --- | --- | --- |
+# | paper, as a linear layer | *A*: (*r*, *V*) | *B*: (*d*, *r*) | *s* · (*BA*)ᵀ |
+# | loralib | `lora_A`: (*r*, *V*) | `lora_B`: (*d*, *r*) | *s* · (`lora_B` `lora_A`)ᵀ |
+# | PEFT | `lora_embedding_A`: (*r*, *V*) | `lora_embedding_B`: (*d*, *r*) | *s* · (`lora_embedding_B` `lora_embedding_A`)ᵀ |
+# | this course | `lora_A`: (*V*, *r*) | `lora_B`: (*d*, *r*) | *s* · `lora_A` `lora_B`ᵀ |
+# | who writes rows, *h* = *xW* (the study note behind this course) | *B*: (*i*, *r*), *i* = *V* | *A*: (*r*, *o*), *o* = *d* | *BA* |
+#
+# Mind the last line: in row vectors the letters change places, and 'B starts at zero' is then a statement about the token
+# side. Our `lora_A` is stored as *A*ᵀ, so that a token's *r* numbers lie next to each other in memory; section 5 shows
+# what that is worth.
+
+# %%
+A, B = torch.randn(V, r), torch.randn(d, r)  # our layout
+s = alpha / r
+papers = s * (B @ A.T).T
+note_B, note_A = A, B.T
+assert torch.equal(s * (A @ B.T), papers) or torch.allclose(s * (A @ B.T), papers, atol=1e-6)
+assert torch.allclose(s * (note_B @ note_A), papers, atol=1e-6)
+assert torch.allclose((W + papers)[tokens], W[tokens] + s * A[tokens] @ B.T, atol=1e-6)
+
+# %% [markdown]
+# The last line is the whole method: **row *t* of *W* + Δ*W* is *W*[*t*] + *s* · `lora_A`[*t*] `lora_B`ᵀ.** Look up *r*
+# numbers, turn them into *d*, add. The (*V*, *d*) product is never formed. A token has *r* numbers of its own, its
+# coordinates, and *B* holds the *r* directions that all tokens share.
+#
+# ## 2 · From scratch, and equal to all others
+
+
+# %%
+class LoRAFromScratch(nn.Module):
+    """out[t] = W[t] + s · A[t] Bᵀ; the table W is frozen."""
+
+    def __init__(self, embedding, rank, alpha):
+        super().__init__()
+        self.embedding = embedding.requires_grad_(False)
+        vocabulary, width = embedding.weight.shape
+        self.lora_A = nn.Parameter(torch.zeros(vocabulary, rank))
+        self.lora_B = nn.Parameter(torch.randn(width, rank))
+        self.scaling = alpha / rank
+
+    def forward(self, tokens):
+        return self.embedding(tokens) + self.scaling * F.embedding(tokens, self.lora_A) @ self.lora_B.T
+
+    def delta_weight(self):
+        return self.scaling * self.lora_A @ self.lora_B.T
+
+
+# %% [markdown]
+# Is that what the libraries do? Give the same *W*, *A* and *B* to `lora_edu.lora.LoRAEmbedding`, to `loralib.Embedding`
+# and to PEFT, and compare the values, both gradients, and the merged table. **Predict**: which of the three store *A*
+# the other way round?
+
+
+# %%
+def four_layers(W, A, B, alpha):
+    """The same LoRA embedding four times: name → (layer, its A, its B, is A stored as (r, V)?)."""
+    (V, d), r = W.shape, A.shape[1]
+    scratch = LoRAFromScratch(nn.Embedding(V, d, _weight=W.clone()), r, alpha)
+    ours = LoRAEmbedding.from_layer(nn.Embedding(V, d, _weight=W.clone()), r, alpha)
+    theirs = loralib.Embedding(V, d, r=r, lora_alpha=alpha, _weight=W.clone())
+    theirs.weight.data = W.clone()  # its constructor fills the table anew
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=["table"])
+    model = nn.ModuleDict({"table": nn.Embedding(V, d, _weight=W.clone())})
+    hf = peft.inject_adapter_in_model(config, model)["table"]
+    hf_A, hf_B = hf.lora_embedding_A["default"], hf.lora_embedding_B["default"]
+    layers = {
+        "from scratch": (scratch, scratch.lora_A, scratch.lora_B, False),
+        "lora_edu": (ours, ours.lora_A, ours.lora_B, False),
+        "loralib": (theirs, theirs.lora_A, theirs.lora_B, True),
+        "PEFT": (hf, hf_A, hf_B, True),
+    }
+    for _, its_A, its_B, transposed in layers.values():
+        its_A.data, its_B.data = (A.T.contiguous() if transposed else A.clone()), B.clone()
+    return layers
+
+
+# %%
+torch.manual_seed(1)
+V, d, r, alpha = 1000, 100, 8, 16
+W, A, B = torch.randn(V, d), torch.randn(V, r), torch.randn(d, r)
+tokens, wanted = torch.randint(V, (4, 32)), torch.randn(4, 32, d)
+layers, results = four_layers(W, A, B, alpha), {}
+for name, (layer, its_A, its_B, transposed) in layers.items():
+    out = layer(tokens)
+    (out * wanted).sum().backward()
+    results[name] = out.detach(), its_A.grad.T if transposed else its_A.grad, its_B.grad
+first = results["from scratch"]
+print(f"{'':14} lora_A as stored   values  gradients  (largest difference)")
+for name, its in results.items():
+    apart = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(its, first, strict=True)]
+    words = ["equal" if each < 1e-5 else f"{each:.1e}" for each in apart]
+    print(f"{name:14} {tuple(layers[name][1].shape)!s:18} {words[0]:7} A {words[1]}, B {words[2]}")
+    assert max(apart) < 1e-5
+
+# %% [markdown]
+# 'Equal' is up to the last digits of float32, in which the order of sums shows (here: within a hundred-thousandth of the
+# largest entry). Now merge: put *W* + Δ*W* in the place of *W*, so that inference costs what a plain embedding costs.
+# The three libraries are told so in three ways.
+
+# %%
+merged = {"from scratch": W + layers["from scratch"][0].delta_weight().detach()}
+layers["lora_edu"][0].merge()
+layers["PEFT"][0].merge()
+layers["loralib"][0].eval()  # there is no other way to say it
+merged["lora_edu"] = layers["lora_edu"][0].weight
+merged["loralib"] = layers["loralib"][0].weight
+merged["PEFT"] = layers["PEFT"][0].base_layer.weight
+for table in merged.values():
+    assert torch.allclose(table, merged["from scratch"], atol=1e-4)
+for _ in range(100):
+    layers["loralib"][0].train()
+    layers["loralib"][0].eval()
+    layers["lora_edu"][0].unmerge()
+    layers["lora_edu"][0].merge()
+layers["loralib"][0].train()
+layers["lora_edu"][0].unmerge()
+assert not torch.equal(layers["loralib"][0].weight, W) and torch.equal(layers["lora_edu"][0].weight, W)
+print("merged tables agree; after 101 rounds of merging and unmerging")
+print("lora_edu has W back bit for bit, loralib has not")
+
+# %% [markdown]
+# **Why.** loralib and PEFT unmerge by subtracting what they added, and floating-point numbers do not promise that (*W* +
+# Δ*W*) − Δ*W* is *W*. We keep *W* beside the merged table: exact, at the price of 4*Vd* bytes in float32 while merged.
+#
+# ## 3 · Why does `lora_A` start at zero here?
+#
+# The paper starts with *B* = 0 and a Gaussian *A*, and so do linear layers everywhere, but for the kind of randomness
+# (loralib and PEFT draw *A* Kaiming-uniform). For an embedding loralib does it the other way round, and PEFT and we
+# follow. Readers have reported it as a mistake ever since. The authors gave two answers:
+#
+# - it is *intended*, to keep *A* sparse, because adaptation may see only a small part of the vocabulary
+#   (microsoft/LoRA, pull request 14);
+# - it should make *no meaningful difference* which of the two is zero, as long as the other is not; and the paper never
+#   adapted embeddings (issues 76 and 98).
+#
+# Both can't be the whole truth. Before training, think it through for one step of SGD.
+#
+# **Predict.** *V* = 1000 rows, a batch with a few dozen different tokens. How many rows of Δ*W* are not zero after one
+# step, if *A* started at zero? If *B* did?
+
+
+# %%
+def rows_moved(zero, layer_tokens):
+    """Rows of ΔW that are not zero after one SGD step from the given start."""
+    A = torch.zeros(V, r) if zero == "A" else torch.randn(V, r)
+    B = torch.randn(d, r) if zero == "A" else torch.zeros(d, r)
+    A.requires_grad_(), B.requires_grad_()
+    out = W[layer_tokens] + s * A[layer_tokens] @ B.T
+    (out * wanted).sum().backward()
+    with torch.no_grad():
+        return int(((A - 0.1 * A.grad) @ (B - 0.1 * B.grad).T).ne(0).any(dim=1).sum())
+
+
+torch.manual_seed(2)
+few = torch.randint(V, (40,))[torch.randint(40, (4, 32))]
+different = len(few.unique())
+moved = {zero: rows_moved(zero, few) for zero in "AB"}
+assert moved["A"] == different < 41 and moved["B"] == V
+print(f"{different} different tokens; A = 0: {moved['A']} rows move; B = 0: {moved['B']} rows move")
+
+# %% [markdown]
+# **Why.** With *A* = 0 the gradient of *B*, *s* · *G*ᵀ *A*[tokens], is zero, and that of *A* has rows only where tokens
+# stood. With *B* = 0 it is the other way round: *A* stays, *B* moves, and *B* belongs to everybody. A token that was
+# never seen has a random row in *A*, so its row of Δ*W* moves in a random direction as *B* learns from the others.
+#
+# In a *linear* layer nothing of the kind can happen: its input is dense, each column of *A* is used at every step, and
+# there is no 'row never seen'. So there it makes no such difference, and the second answer holds.
+#
+# ### Trained both ways
+#
+# Now the course's base model, pre-trained on code, tuned on docstrings by LoRA on the embedding alone, *r* = 8. For a
+# fair comparison the scales are matched: whichever factor is not zero is drawn from *N*(0, 1), so that Adam's first step
+# moves a row that was seen equally far in both.
+#
+# **Predict**: which start reaches the lower loss on docstrings? Which loses more on code? And how far do rows move that
+# the tuning text never has?
+
+# %% tags=["setup", "nbval-ignore-output"]
+base = load_checkpoint("base")
+code, reference = load_corpus("code"), load_corpus("reference")
+held_out = {"docstrings": reference.test[: 8 * 256 + 1], "code": code.test[: 8 * 256 + 1]}
+
+
+def losses(update):
+    """Nats a token on both held-out texts, with this ΔW added to the base's embedding."""
+    state = base | {"embedding.weight": base["embedding.weight"] + update}
+    return {name: evaluate(TinyLM.from_state_dict(state), text) for name, text in held_out.items()}
+
+
+before = losses(0)
+print("the base:", {name: f"{value:.2f}" for name, value in before.items()}, "nats a token")
+assert before["code"] < before["docstrings"]
+
+
+# %%
+def tune(zero, rate, steps=40, seed=0):
+    """(ΔW of the embedding, how often each token was seen) after tuning from A = 0 or from B = 0."""
+    torch.manual_seed(seed)
+    model = add_lora(TinyLM.from_state_dict(base), rank=8, alpha=16, targets="embedding")
+    layer = model.embedding
+    if zero == "B":
+        nn.init.normal_(layer.lora_A)
+        nn.init.zeros_(layer.lora_B)
+    batches = Batches(reference.train, batch=4, context=128, seed=seed)
+    optimizer = torch.optim.Adam(trainable_parameters(model), lr=rate)
+    fit(model, batches, optimizer, steps, progress=False)
+    seen = torch.cat([batches(step)[0].flatten() for step in range(steps)])
+    return layer.delta_weight(), seen.bincount(minlength=10_000)
+
+
+# %% tags=["nbval-ignore-output"]
+update, tuned = {}, {}
+for rate in (3e-4, 1e-3):
+    for zero in "AB":
+        update[zero], counts = tune(zero, rate)
+        tuned[rate, zero] = losses(update[zero])
+        size, seen = update[zero].norm(dim=1), counts > 0
+        print(f"rate {rate:g}, {zero} = 0: rows seen moved {size[seen].mean():.2f}, never seen", end=" ")
+        print(f"{size[~seen].mean():.2f};", ", ".join(f"{k} {v:.3f}" for k, v in tuned[rate, zero].items()))
+    assert tuned[rate, "B"]["code"] > tuned[rate, "A"]["code"] + 0.003
+    assert update["A"][~seen].eq(0).all() and 0.8 < size[~seen].mean() / size[seen].mean() < 1.25
+print(f"{int(seen.sum())} of 10 000 tokens were seen")
+rise = {zero: tuned[1e-3, zero]["code"] - before["code"] for zero in "AB"}
+assert rise["B"] > 1.5 * rise["A"] and tuned[1e-3, "A"]["docstrings"] < before["docstrings"] - 0.03
+assert 0.15 < seen.float().mean() < 0.45
+
+# %% tags=["nbval-ignore-output"]
+figure, axes = plots.subplots()
+norms = {f"{zero} starts at zero": update[zero].norm(dim=1) for zero in "BA"}
+title = "B = 0 moves every row, also those of tokens it never saw"
+plots.norm_against_count(axes, counts, norms, title=title)
+sizes = [float(update[zero][~seen].norm(dim=1).max()) for zero in "AB"]
+assert sizes[0] == 0 < sizes[1]
+plots.show(
+    figure, "Rows never seen stay at zero if A starts there (not drawn) and move as others do if B does."
+)
+
+# %% [markdown]
+# Two of the predictions are easy: started at *A* = 0, rows never seen stay exactly where they were, and started at
+# *B* = 0 they move on average as far as those that were seen. The text has shown about three tokens in ten. And code, which is
+# written with all of them, suffers more from *B* = 0, at both learning rates. At the larger one its loss on code rises more
+# than one and a half times as much (on our machine three to six times, over three seeds). On docstrings the two are close at
+# the smaller rate, so there one may well see 'no meaningful difference', until one looks at what was *not* tuned for.
+#
+# To see that it is the rows never seen, put just those back to *W* and measure again.
+
+# %% tags=["nbval-ignore-output"]
+restored = losses(update["B"] * seen[:, None])
+print("B = 0, rows never seen put back:", {name: f"{value:.2f}" for name, value in restored.items()})
+assert restored["code"] < tuned[1e-3, "B"]["code"] - 0.003
+assert restored["docstrings"] < tuned[1e-3, "B"]["docstrings"]
+
+# %% [markdown]
+# Both losses improve, that on the held-out docstrings too: they hold tokens that this little tuning text has not. But putting
+# rows back does not undo all of the harm. The other part lies in what each start lets a token learn. Adam moves a number
+# by about one learning rate a step, so in 40 steps at 0.001 by 0.04 at most: the factor that began at *N*(0, 1) hardly changes,
+# and the one that began at zero does the learning. With *A* = 0 every token finds its own *r* coordinates, in *r* fixed
+# directions. With *B* = 0 the tokens keep random coordinates, and 800 numbers in *B* are left to learn for all of them at
+# once. So the first answer was the better one, and the second holds where all inputs are in use at every step.
+#
+# One more consequence of a factor from *N*(0, 1): Adam's first step moves each number of the zero factor by one learning
+# rate, whatever the gradient's size. How far that moves a *weight* depends on the other factor. In an embedding it is
+# *B* ~ *N*(0, 1), in a linear layer *A* ~ *U*(−1/√*d*, 1/√*d*), with a standard deviation of 1/√(3*d*).
+#
+# **Predict** from that how much farther an embedding's entry moves than a linear weight's, at *d* = 100 and the same
+# learning rate. Does *r* change it? Does alpha? The gradients below are those of the base model on docstrings.
+
+# %% tags=["nbval-ignore-output"]
+model = TinyLM.from_state_dict(base)
+inputs, targets = Batches(reference.train, batch=4, context=128)(0)
+F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+table, query = model.embedding.weight.grad, model.blocks[0].attention.query.weight.grad
+rows = table[inputs.unique()]
+moves = {zero: first_move(G, 8, zero) for zero, G in (("A", rows), ("B", query))}
+print(f"{moves['A'] / moves['B']:.0f} times as far; √(3 · 100) = {300**0.5:.1f}")
+assert abs(moves["A"] / moves["B"] / 300**0.5 - 1) < 0.15
+
+# %% tags=["nbval-ignore-output"]
+explorer = explore.first_step(rows, query)
+assert len(explorer.pictures) == 35
+explorer
+
+# %% [markdown]
+# √(3*d), 17 at *d* = 100, at every *r* and alpha: both go as *s*√*r* = alpha/√*r*, and so does not their ratio. At the
+# same learning rate a fresh embedding runs ahead of the linear layers beside it, so give it a rate of its own, several
+# times smaller, before concluding that adapting embeddings harms a model.
+#
+# ## 4 · loralib's forward pass, line by line
+#
+# The package is installed; read its source where it lies. (`print(source)` in a cell of your own shows it: a dozen
+# lines.)
+
+# %%
+source = inspect.getsource(loralib.Embedding.forward)
+steps = {
+    "unless rank 0 or merged": "if self.r > 0 and not self.merged",
+    "the plain look-up in W": "nn.Embedding.forward(self, x)",
+    "a look-up in A transposed": "self.lora_A.transpose(0, 1)",
+    "with torch's options once more": "self.padding_idx, self.max_norm",
+    "and the rest of them": "self.norm_type, self.scale_grad_by_freq, self.sparse",
+    "times B transposed, times s, added": "(after_A @ self.lora_B.transpose(0, 1)) * self.scaling",
+    "else the plain look-up": "else",
+}
+places = [source.index(fragment) for fragment in steps.values()]
+assert places == sorted(places)
+print("\n".join(f"{number}. {words}" for number, words in enumerate(steps, 1)))
+
+# %% [markdown]
+# 1. The guard: if merged, *W* is *W* + Δ*W* already. Who merges? `train(False)`, that is `eval()`, as a side effect.
+# 2. `nn.Embedding.forward` looks up *W*[*t*], with all of torch's options applied to the frozen table.
+# 3. *A* is stored (*r*, *V*), and `F.embedding` wants a row a token: hence the transposed view. The *r* numbers of a token
+#    now lie *V* places apart.
+# 4. and 5. The options of an `nn.Embedding` are handed on to this second look-up. They were made for a table whose rows
+#    are the output. Here the rows are coordinates: *r* numbers that still have to pass through *B*.
+# 6. *r* numbers become *d*, and *s* is applied to all *d* of them.
+# 7. Merged, or *r* = 0: a plain look-up.
+#
+# What do the options *do* then? **Predict** for each of the four, before you run the cells: `padding_idx`, `max_norm`,
+# `scale_grad_by_freq`, `sparse`. Which of them can still mean what torch's manual says?
+
+
+# %%
+def pair(**options):
+    """loralib's layer and ours with the same W (12 × 6), A and B, r = 2, s = 2."""
+    torch.manual_seed(3)
+    W, A, B = 2 * torch.randn(12, 6), torch.randn(12, 2), torch.randn(6, 2)
+    theirs = loralib.Embedding(12, 6, r=2, lora_alpha=4, **options)
+    ours = LoRAEmbedding(12, 6, rank=2, alpha=4, **options)
+    theirs.weight.data, theirs.lora_A.data, theirs.lora_B.data = W.clone(), A.T.clone(), B.clone()
+    ours.weight.data, ours.lora_A.data, ours.lora_B.data = W.clone(), A.clone(), B.clone()
+    return theirs, ours, W, A, B
+
+
+tokens = torch.tensor([3, 7, 3, 0])
+theirs, ours, W, A, B = pair(padding_idx=0)
+rows = {"loralib": theirs(tokens), "ours": ours(tokens)}
+for name, out in rows.items():
+    out.sum().backward()
+    print(f"{name:8} at the padding: W's row alone? {torch.equal(out[3], W[0])}")
+print(
+    "gradient of A's padding row is zero in both:",
+    not theirs.lora_A.grad[:, 0].any() | ours.lora_A.grad[0].any(),
+)
+assert torch.equal(rows["ours"][3], W[0]) and not torch.equal(rows["loralib"][3], W[0])
+assert theirs.lora_A.grad[:, 0].eq(0).all() and ours.lora_A.grad[0].eq(0).all()
+
+# %% [markdown]
+# **`padding_idx`** keeps a gradient from that row of *A*, in both. As *A* starts at zero, the row stays zero, and nobody
+# notices that loralib (and PEFT) would add Δ*W* there if it were not, as above, where *A* is random. In ours the padding's
+# output is *W*'s row, always.
+
+# %%
+theirs, ours, W, A, B = pair(max_norm=1.5)
+plain = W[tokens] + 2 * A[tokens] @ B.T
+outs = {"loralib": theirs(tokens), "ours": ours(tokens)}
+for name, layer in (("loralib", theirs), ("ours", ours)):
+    its_A = layer.lora_A.T if name == "loralib" else layer.lora_A
+    kept = [torch.equal(layer.weight, W), torch.equal(its_A, A)]
+    longest = outs[name].norm(dim=1).max()
+    print(f"{name:8} W as it was: {kept[0]!s:5}  A as it was: {kept[1]!s:5}  longest output {longest:.2f}")
+    assert kept == [name == "ours"] * 2 and (longest > 1.51) == (name == "loralib")
+assert plain.norm(dim=1).max() > 1.51
+
+# %% [markdown]
+# **`max_norm`** is applied twice, to the rows of *W* and to the rows of *A*ᵀ, in place: a *forward pass* rescales the
+# frozen table and clips the *r* coordinates of a token, while the output may be as long as it likes. In ours the output's
+# row is scaled down to `max_norm`, in a new tensor; *W* and *A* are never touched.
+
+# %%
+theirs, ours, W, A, B = pair(scale_grad_by_freq=True)
+plain = pair()[1]
+for layer in (theirs, ours, plain):
+    layer(tokens).sum().backward()
+ratio = plain.lora_A.grad[[3, 7]] / ours.lora_A.grad[[3, 7]]
+print("A's gradient is divided by", [round(float(each)) for each in ratio[:, 0]], "for tokens 3 and 7")
+assert torch.allclose(theirs.lora_A.grad.T, ours.lora_A.grad, atol=1e-6)
+assert torch.allclose(plain.lora_B.grad, ours.lora_B.grad, atol=1e-6)
+
+theirs, ours, W, A, B = pair(sparse=True)
+ours(tokens).sum().backward()
+print("ours: A's gradient is sparse:", ours.lora_A.grad.is_sparse)
+try:
+    theirs(tokens).sum().backward()
+    crashed = False
+except RuntimeError:
+    crashed = True
+print("loralib's backward pass with sparse=True", "raises RuntimeError" if crashed else "works")
+assert crashed and ours.lora_A.grad.is_sparse
+
+# %% [markdown]
+# **`scale_grad_by_freq`** divides a token's gradient by its count in the batch (3 stands twice): a fair meaning for *A*,
+# the same in both, and none for *B*, which all tokens share.
+#
+# **`sparse`** can't work in loralib (nor in PEFT): the gradient of *A*ᵀ would be sparse in its rows, and going back
+# through the transpose would make it sparse in its columns, which torch has no format for. Stored as (*V*, *r*), *A*
+# needs no transpose. That is worth more than it looks, as the next section counts.
+#
+# ## 5 · What a step must move
+#
+# A look-up multiplies next to nothing. What takes time is moving bytes between memory and processor. So count them:
+# one step (forward, backward, SGD) on *N* tokens, in float32, with 8 bytes for a token's id.
+#
+# **What it must do.** Forward: read the ids, a row of *W* and a row of *A* for each token, and *B*; write the output.
+# Backward: read the ids, the gradient *G* of the output, *A*'s rows and *B*; write the gradients of *B* and of *A*'s rows.
+# SGD: read and write the rows of *A* that have a gradient, and *B*. With *n* = 4*Nd* bytes for a batch of rows, *ρ* =
+# 4*Nr* for their coordinates, *i* = 8*N*, *b* = 4*dr* for *B*:
+#
+# > minimum = 3*n* + 6*ρ* + 2*i* + 6*b*
+#
+# **Predict.** Where does *V* stand in it? And what, in loralib's code above, brings *V* in?
+#
+# PyTorch lets us watch every operation, the backward pass included, and add up its inputs and outputs.
+
+
+# %%
+def size(tensor):
+    """Bytes that a tensor holds; of a sparse one its indices and values."""
+    parts = [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+# %%
+class Watch(TorchDispatchMode):
+    """Adds up the bytes that each operation reads and writes; views and empty tensors move none."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out, name = op(*args, **(kwargs or {})), op.overloadpacket.__name__
+        sizes = [size(each) for each in args if isinstance(each, torch.Tensor)]
+        if name == "embedding":  # the ids, and for each a row: read and written
+            self.moved += sizes[1] + 2 * size(out)
+        elif name == "embedding_dense_backward":  # zeros everywhere, then rows are added
+            self.moved += size(out) + 3 * sizes[0] + sizes[1]
+        elif name == "add_" and args[1].is_sparse:  # the rows: read and written
+            self.moved += sizes[1] + 2 * size(args[1]._values())
+        elif name in ("mm", "mul", "add", "add_", "clone", "copy_"):
+            self.moved += sum(sizes) + (0 if name == "copy_" else size(out))
+        return out
+
+
+# %% [markdown]
+# The same on paper. loralib and PEFT do the same operations: *s* is applied to rows of *d* numbers, the dense gradient of
+# *A*ᵀ is filled with zeros (*V r* numbers), copied into the transposed order, and SGD reads it and *A*, and writes all of
+# *A*. With *T* = 4*Vr* bytes for *A*:
+#
+# | | bytes a step |
+# | --- | --- |
+# | loralib, PEFT | 12*n* + 8*ρ* + 3*i* + 6*b* + **6*T*** |
+# | ours | 8*n* + 12*ρ* + 3*i* + 6*b* + **4*T*** |
+# | ours, `sparse=True` | 8*n* + 14*ρ* + 5*i* + 6*b* |
+# | minimum | 3*n* + 6*ρ* + 2*i* + 6*b* |
+
+# %%
+V, d, r, N = 20_000, 64, 8, 512
+torch.manual_seed(4)
+W, A, B, tokens = torch.randn(V, d), torch.zeros(V, r), torch.randn(d, r), torch.randint(V, (N,))
+layers = {name: layer for name, (layer, *_) in four_layers(W, A, B, 16).items() if name != "from scratch"}
+layers["ours"] = layers.pop("lora_edu")
+layers["ours, sparse"] = LoRAEmbedding.from_layer(nn.Embedding(V, d, _weight=W), r, 16, sparse=True)
+paper = traffic(V, N, d, r)
+for name, layer in layers.items():
+    optimizer = torch.optim.SGD(trainable_parameters(layer), lr=0.1, foreach=False)
+    G = torch.ones(N, d)
+    with Watch() as watch:
+        layer(tokens).backward(G)
+        optimizer.step()
+    assert abs(watch.moved / paper[name] - 1) < 0.02, (name, watch.moved, paper[name])
+    print(f"{name:13} {short(paper[name]):>8}, {paper[name] / paper['minimum']:5.1f} times the minimum")
+
+# %% [markdown]
+# What was watched is within 2 % of the formula for each. (Counted is what each operation touches, as if nothing stayed in
+# the cache between two of them; with large batches little does.) Move the sliders: the vocabulary pushes three of the
+# bars, and leaves two alone.
+
+# %%
+explore.bytes_moved()
+
+# %% [markdown]
+# **Why.** *T* is in it because a dense gradient has a number for every number in *A*, nearly all of them zero, and the
+# optimiser adds zero to nearly all of *A*. With Adam it is worse: its two states are as large as *A*, and are read and
+# written too. And a token's *r* numbers that lie *V* apart are fetched in *r* cache lines of 64 bytes, where 4*r*
+# bytes side by side need one; the count above doesn't show that.
+#
+# Between the sparse gradient's 8*n* and the minimum's 3*n* lie results that are written only to be read again: the looked-up
+# rows, and *B* times the coordinates, before the two are added. Only code that does it all for a row while it is in
+# registers can avoid them.
+#
+# ### Measured
+#
+# **Predict**: at *V* = 400 000, how many times as fast as loralib's is a step with a sparse gradient? By the bytes it
+# should be 60 times. What else takes time?
+
+
+# %%
+def stopwatch(V, N=512, rounds=9):
+    """Median milliseconds of a step by name, all layers taking turns."""
+    W, A, B = torch.randn(V, 64), torch.zeros(V, 8), torch.randn(64, 8)
+    layers = {name: layer for name, (layer, *_) in four_layers(W, A, B, 16).items() if name != "from scratch"}
+    layers["ours"] = layers.pop("lora_edu")
+    layers["ours, sparse"] = LoRAEmbedding.from_layer(nn.Embedding(V, 64, _weight=W), 8, 16, sparse=True)
+    tokens, G, times = torch.randint(V, (N,)), torch.ones(N, 64), {name: [] for name in layers}
+    optimizers = {n: torch.optim.SGD(trainable_parameters(layer), lr=0.1) for n, layer in layers.items()}
+    for _ in range(rounds):
+        for name, layer in layers.items():
+            began = time.perf_counter()
+            optimizers[name].zero_grad()
+            layer(tokens).backward(G)
+            optimizers[name].step()
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(each[2:]) for name, each in times.items()}
+
+
+# %% tags=["nbval-ignore-output"]
+small, large = stopwatch(10_000), stopwatch(400_000)
+for name in small:
+    print(f"{name:13} {small[name]:7.2f} ms at V = 10 000, {large[name]:7.2f} ms at V = 400 000")
+for name in ("loralib", "PEFT"):
+    assert large[name] > 2 * large["ours, sparse"], name
+assert large["ours, sparse"] < large["ours"]
+
+# %%
+by_bytes = traffic(400_000, 512)
+print(f"by the bytes: {by_bytes['loralib'] / by_bytes['ours, sparse']:.0f} times")
+assert round(by_bytes["loralib"] / by_bytes["ours, sparse"]) == 60
+
+# %% [markdown]
+# Less than by the bytes, and at *V* = 10 000 hardly anything: a step of a few hundred tokens has dozens of operations, and
+# starting one costs microseconds, however little it moves. Where the vocabulary is large the bytes win: the dense ways take
+# several times as long at 400 000 as at 10 000, the sparse one grows far less.
+#
+# A sparse gradient wants an optimiser that takes it: SGD without momentum, or `SparseAdam`, which moves only rows of the
+# present batch and is therefore *another method* than Adam, whose momentum goes on moving a row after its token was
+# last seen. `lora_edu.lora.pair_optimizers` gives `lora_A` the one and the rest the other.
+#
+# ## 6 · When the head shares the table
+#
+# Many models have **one** table for the embedding and for the output layer (*tied*): logits = *h* *W*ᵀ. LoRA on the
+# embedding changes the table with which tokens are *read*. **Predict**: what happens to the output of a tied model when
+# this adapter is merged into the table?
+
+
+# %%
+def tied_model():
+    torch.manual_seed(5)
+    model = TinyLM(vocabulary=1000, width=100, layers=1)
+    model.head.weight = model.embedding.weight
+    return model.requires_grad_(False)
+
+
+text = torch.randint(1000, (4, 64), generator=torch.Generator().manual_seed(6))
+A = 0.01 * torch.randn(1000, 8, generator=torch.Generator().manual_seed(7))
+model = tied_model()
+theirs = loralib.Embedding(1000, 100, r=8, lora_alpha=16)
+theirs.weight = model.embedding.weight  # the shared table
+theirs.lora_A.data = A.T.clone()
+model.embedding = theirs
+with torch.no_grad():
+    unmerged = model(text)
+    model.eval()  # merges, in place
+    after = model(text)
+same = (unmerged.argmax(-1) == after.argmax(-1)).float().mean()
+apart = float((after - unmerged).norm() / unmerged.norm())
+print("the head's table has changed with it:", model.head.weight is theirs.weight)
+assert apart > 0.2 and same < 0.9
+
+# %% [markdown]
+# `model.eval()` was meant to switch to inference, and it changed what the model says: the logits are off by more than a
+# fifth, and more than one prediction in ten is another. Unmerged, tokens were read with *W* + Δ*W* and written with *W*. Merged, the one table is *W* +
+# Δ*W*, and so they are also *written* with it. It was trained for the first, not for the second.
+#
+# Giving the embedding a table of its own mends it in memory. But a model whose config says 'tied' is tied again when it
+# is saved and loaded, and one of the two tables overwrites the other (huggingface/transformers #45127; PEFT's users know
+# it as huggingface/peft #1750). `add_lora` refuses, with the reason:
+
+# %%
+try:
+    add_lora(tied_model(), rank=8, alpha=16, targets="embedding")
+except ValueError as error:
+    message = str(error)
+print(message)
+assert "tied" in message and "head.weight" in message
+
+# %%
+model = add_lora(tied_model(), rank=8, alpha=16, targets="embedding", tied="separate").eval()
+model.embedding.lora_A.data = A.clone()
+with torch.no_grad():
+    unmerged = model(text)
+    model.embedding.merge()
+    after = model(text)
+print("separate: merging leaves the output as it was:", torch.allclose(after, unmerged, atol=1e-4))
+assert torch.allclose(after, unmerged, atol=1e-4)
+assert not torch.equal(model.embedding.weight, model.head.weight)
+
+# %% [markdown]
+# `tied="separate"` says that you know: the embedding gets Δ*W*, the head keeps *W*, merged or not. The price is a second
+# table while merged, and a model that must be saved as *untied*, or with its adapter apart. There is a third way, in
+# which both see *W* + Δ*W* from the start: then it has to be trained so, and a row never read still gets a gradient, from
+# the head's softmax.
+#
+# ## What to remember
+#
+# - A look-up is a one-hot product. **Δ*W* = *s* · (*BA*)ᵀ** for a (*V*, *d*) table; row *t* is ***s* · `lora_A`[*t*]
+#   `lora_B`ᵀ**, *r* + *d* numbers read, whatever *V* is.
+# - Starting at ***A* = 0** leaves the rows of tokens never seen as they were. Starting at *B* = 0 moves all of them, at
+#   random. In a linear layer there is no such row.
+# - *B* ~ *N*(0, 1) makes Adam's first step √(3*d*) times as long as a linear layer's: give the embedding its own
+#   learning rate.
+# - loralib hands `padding_idx`, `max_norm`, `scale_grad_by_freq` and `sparse` to a look-up in *A*ᵀ. Two of them break
+#   there: `max_norm` rewrites *W* and *A*, `sparse` crashes.
+# - A dense gradient moves 6*T* (or 4*T*) bytes a step, *T* = 4*Vr*. A sparse one moves none of them.
+# - Tied table: merging into it changes the head. Refuse, or keep two tables.
+#
+# ## Exercises
+#
+# Put your answer in place of `None` and run the cell. The check says what is wrong with it, not only that it is wrong.
+
+# %% [markdown] tags=["exercise"]
+# **1.** `exercises.loralib_factors()` gives *W* (20, 4), `lora_A` (3, 20) and `lora_B` (4, 3), as loralib stores them;
+# alpha is 16. What is row 7 of Δ*W*?
+
+# %% tags=["exercise"]
+table, lora_A, lora_B = exercises.loralib_factors()
+answer = None  # a tensor of 4 numbers
+print(exercises.check_06_1(answer))
+
+# %% tags=["solution"]
+table, lora_A, lora_B = exercises.loralib_factors()
+answer = 16 / 3 * lora_B @ lora_A[:, 7]
+print(exercises.check_06_1(answer))
+
+# %% [markdown] tags=["exercise"]
+# **2.** A fresh `LoRAEmbedding` of 20 tokens with `padding_idx=0` gets the batch [[3, 7, 3, 0], [7, 0, 12, 3]]. After the
+# first backward pass: how many rows of `lora_A`'s gradient are not zero?
+
+# %% tags=["exercise"]
+answer = None  # a number of rows
+print(exercises.check_06_2(answer))
+
+# %% tags=["solution"]
+layer = LoRAEmbedding(20, 4, rank=3, alpha=16, padding_idx=0)
+layer(torch.tensor([[3, 7, 3, 0], [7, 0, 12, 3]])).square().sum().backward()
+answer = int(layer.lora_A.grad.ne(0).any(dim=1).sum())
+print(exercises.check_06_2(answer))
+
+# %% [markdown] tags=["exercise"]
+# **3.** Now the other start: *V* = 10 000, *d* = 100, *r* = 8, `lora_A` random and `lora_B` zero. The first batch has 5
+# different tokens. After one step of SGD: how many rows of Δ*W* are not zero?
+
+# %% tags=["exercise"]
+answer = None  # a number of rows
+print(exercises.check_06_3(answer))
+
+# %% tags=["solution"]
+answer = 10_000
+print(exercises.check_06_3(answer))
+
+# %% [markdown] tags=["solution"]
+# The gradient of *A* is *s* · *G B*, zero because *B* is. That of *B* is *s* · *G*ᵀ *A*[tokens], not zero. After the step
+# Δ*W* = *s* · *A* *B*ᵀ with all 10 000 random rows of *A*.
+
+# %% [markdown] tags=["exercise"]
+# **4.** How many bytes must a forward pass move for each token, at *V* = 10 000, *d* = 100, *r* = 8, in float32 with ids
+# of 8 bytes? (*B* is read once for the whole batch: leave it out.)
+
+# %% tags=["exercise"]
+answer = None  # bytes a token
+print(exercises.check_06_4(answer))
+
+# %% tags=["solution"]
+answer = 8 + 4 * (100 + 8) + 4 * 100  # the id, the rows of W and A, the output
+print(exercises.check_06_4(answer))
+
+# %% [markdown] tags=["exercise"]
+# **5.** Write `look_up(tokens, W, lora_A, lora_B, scaling)` for our layout, (*V*, *r*) and (*d*, *r*), without making a
+# tensor that grows with *V*.
+
+# %% tags=["exercise"]
+look_up = None  # def look_up(tokens, W, lora_A, lora_B, scaling): ...
+print(exercises.check_06_5(look_up))
+
+
+# %% tags=["solution"]
+def look_up(tokens, W, lora_A, lora_B, scaling):
+    return W[tokens] + scaling * lora_A[tokens] @ lora_B.T
+
+
+print(exercises.check_06_5(look_up))
+
+# %% [markdown]
+# ## Where to read on
+#
+# - Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models* (arXiv 2106.09685), §4.1: *h* = *W*₀*x* + *BAx*
+#   and the start, for linear layers; §4.2 applies it to attention only.
+# - microsoft/LoRA, `loralib/layers.py`, class `Embedding`; pull request 14 and issues 76 and 98 on its start.
+# - Kingma & Ba 2015, *Adam* (arXiv 1412.6980), §2.1: why a step is about one learning rate long.
+# - Williams, Waterman & Patterson 2009, *Roofline* (Communications of the ACM 52:4): when bytes, not multiplications, set
+#   the time.
+# - Here: chapter 04, what the embedding costs; chapter 03, where Adam writes though nobody reads.
