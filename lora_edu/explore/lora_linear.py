@@ -44,8 +44,9 @@ def seen_through(gradient: Tensor) -> Explorer:
         draw,
         {"r": [1, 8, 64], "draws": [1, 4, 16, 64, 256]},
         start={"r": 8, "draws": 1},
-        size=(7.2, 4.0),
+        size=(7.2, 2.6),
         labels={"r": "rank r", "draws": "draws of A"},
+        colours=24,
         density=1,
     )
 
@@ -69,8 +70,10 @@ def gradient_norms(
         norms, losses = figure.subplots(1, 2, width_ratios=(1.4, 1))
         of_A, of_B, loss = run(r, alpha)
         steps = range(len(of_A))
-        plots.curves(norms, {"B": (steps, of_B), "A": (steps, of_A)}, xlabel="step", ylabel="gradient norm")
-        norms.set(ylim=(0, 1.15 * max(*of_A, *of_B)), title=f"s = {alpha}/{r} = {alpha / r:g}")
+        plots.curves(norms, {"B": (steps, of_B), "A": (steps, of_A)}, xlabel="step")
+        norms.set(
+            ylim=(0, 1.35 * max(*of_A, *of_B)), title=f"norm of the gradient, s = {alpha}/{r} = {alpha / r:g}"
+        )
         norms.legend(loc="upper right")
         plots.curves(losses, {"loss": (steps, loss)}, xlabel="step", ylabel="loss, share of the first")
         losses.set(ylim=(0, 1.3))

@@ -332,7 +332,7 @@ assert abs(mean.diagonal().mean() * 300 / 8 - 1) < 0.01 and away.abs().max() < 0
 
 # %%
 photograph = torch.from_numpy(imread(cbook.get_sample_data("grace_hopper.jpg")).mean(axis=-1) / 255)
-explore.seen_through((photograph - photograph.mean())[::2, ::2])
+explore.seen_through((photograph - photograph.mean())[::4, ::4])
 
 # %% [markdown]
 # ### The two gradients along a run
