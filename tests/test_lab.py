@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -134,11 +133,11 @@ def test_it_serves_the_index_on_the_next_port_with_widget_state_saved_and_no_new
         assert settings["schema"]["properties"]["saveState"]["default"] is True
         names = {entry["name"] for entry in ask(f"{base}/api/contents?token={token}")["content"]}
         assert "index.ipynb" in names and "source" not in names
-        with urllib.request.urlopen(f"{base}/lab/tree/index.ipynb?token={token}", timeout=30) as page:
+        with urllib.request.urlopen(f"{base}/lab/tree/index.ipynb?token={token}", timeout=180) as page:
             text = page.read().decode()
         assert page.status == 200 and '"@jupyterlab/apputils-extension:announcements"' in text
-        server.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-        assert server.wait(timeout=30) is not None
+        server.terminate()  # not SIGINT: whoever starts the tests in the background has it ignored
+        assert server.wait(timeout=180) is not None
     finally:
         server.kill()
         log.close()
@@ -157,5 +156,5 @@ def wait_for_link(log: Path, server: subprocess.Popen) -> tuple[str, str]:
 
 
 def ask(url: str) -> dict:
-    with urllib.request.urlopen(url, timeout=30) as answer:
+    with urllib.request.urlopen(url, timeout=180) as answer:
         return json.loads(answer.read())

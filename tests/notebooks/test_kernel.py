@@ -20,6 +20,7 @@ def check(folder: Path, *cells: tuple[str, str]) -> str:
     path = folder / "try.ipynb"
     path.write_text(writes(new_notebook(cells=made, metadata=metadata)), encoding="utf-8")
     settings = ["-p", "no:cacheprovider", "-c", str(REPOSITORY / "pyproject.toml"), f"--rootdir={REPOSITORY}"]
+    settings += ["-o", "pythonpath=."]  # so that `-p conftest` is the repository's own
     command = [sys.executable, "-m", "pytest", *settings, "-p", "conftest", "--noconftest", "-q", str(path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8")
     return done.stdout + done.stderr
