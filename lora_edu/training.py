@@ -141,11 +141,11 @@ def fit(
             if held_out is not None and (step % evaluate_every == 0 or step == steps):
                 best = _evaluate(model, held_out, history, step, patience, best)
             if checkpoint is not None and (time.monotonic() - saved > save_seconds or step == steps):
-                _save(checkpoint, model, optimizer, rates, step, history, best)
+                _save(checkpoint, model, optimizer, step, history, best)
                 saved = time.monotonic()
     except KeyboardInterrupt:
         if checkpoint is not None:
-            _save(checkpoint, model, optimizer, rates, step, history, best)
+            _save(checkpoint, model, optimizer, step, history, best)
         raise
     finally:
         bar.close()
@@ -259,9 +259,7 @@ def _evaluate(
     return best
 
 
-def _save(
-    path: Path, model, optimizer, rates: list[float], step: int, history: History, best: dict | None
-) -> None:
+def _save(path: Path, model, optimizer, step: int, history: History, best: dict | None) -> None:
     """Everything a run needs to go on, as one safetensors file."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     state = optimizer.state_dict()
@@ -272,7 +270,7 @@ def _save(
             if value is not None
         }
     tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
-    about = {"step": step, "rates": rates, "history": vars(history)}
+    about = {"step": step, "history": vars(history)}
     data = save_safetensors(
         {k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"about": json.dumps(about)}
     )

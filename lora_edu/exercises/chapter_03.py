@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_edu import lowrank
 from lora_edu.data import load_checkpoint, load_corpus
-from lora_edu.exercises.chapter_04 import judge
+from lora_edu.exercises.answers import judge
 
 LOSSES = {"base": 5.60, "tuned": 3.60, "truncated": 4.10}  # exercise 2, nats a token
 

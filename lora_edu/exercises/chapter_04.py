@@ -3,9 +3,8 @@
 Every right and every typical wrong answer is computed here from the shapes, none is written down.
 """
 
-from collections.abc import Mapping
-
 from lora_edu import counting
+from lora_edu.exercises.answers import judge
 
 
 def check_04_1(answer: object) -> str:
@@ -177,28 +176,3 @@ def _problem(got: object, right: int, rows: int, columns: int, budget: int) -> s
     if got == right + 1:
         return "That is one rank too many for the budget: round down."
     return ""
-
-
-def judge(
-    k: int,
-    answer: object,
-    right: float,
-    mistakes: Mapping[float, str],
-    hint: str,
-    why: str,
-    tolerance: float = 1e-3,
-) -> str:
-    """What to tell someone who gave this number for exercise k; within the relative tolerance it is right."""
-    if answer is None:
-        return f"Exercise {k}: not attempted yet. Hint: {hint}"
-    try:
-        value = float(answer)
-    except (TypeError, ValueError):
-        return f"Exercise {k}: the answer is one number; got {answer!r}."
-    if abs(value - right) <= tolerance * right:
-        return f"Exercise {k}: right. {why}"
-    for mistake, diagnosis in mistakes.items():
-        if abs(value - mistake) <= tolerance * mistake:
-            return f"Exercise {k}: not yet: {diagnosis}"
-    size = "too small" if value < right else "too large"
-    return f"Exercise {k}: not yet: {value:.12g} is {size}. Hint: {hint}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_edu.exercises.chapter_04 import judge
+from lora_edu.exercises.answers import judge
 
 SMALL_G = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]])
 SMALL_A = torch.tensor([[1.0, 0.0, 1.0]])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_edu import counting
-from lora_edu.exercises.chapter_04 import judge
+from lora_edu.exercises.answers import judge
 
 ALPHA, TOKEN = 16, 7  # of exercise 1
 PLACES, PADDING = [[3, 7, 3, 0], [7, 0, 12, 3]], 0  # of exercise 2
