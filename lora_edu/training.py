@@ -34,6 +34,7 @@ class History:
 
     steps: list[dict[str, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
     peak_memory: int = 0
@@ -84,7 +85,7 @@ def fit(
     *,
     schedule: Callable[[float], float] | None = None,
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
-    held_out: Callable[[nn.Module], float] | None = None,
+    held_out: Callable[[nn.Module], float | dict[str, float]] | None = None,
     evaluate_every: int = 50,
     patience: int | None = None,
     clip: float | None = 1.0,
@@ -96,8 +97,9 @@ def fit(
 
     batches: step → (inputs, targets). schedule: share of the run done, in [0, 1) → factor on each group's learning
     rate (default: `warm_then_linear()`). loss: (model, inputs, targets) → scalar (default: `next_token_loss`).
-    held_out: model → loss, every `evaluate_every` steps and at the end; with `patience` the run stops after that many
-    evaluations without a better one, and ends with the best weights. clip: largest gradient norm.
+    held_out: model → loss, or several by name (the first decides), every
+    `evaluate_every` steps and at the end; with `patience` the run stops after that many evaluations without a better
+    one, and ends with the best weights. clip: largest gradient norm.
     checkpoint: a safetensors file, written every `save_seconds` and on an interrupt; where it is there already,
     the run goes on from it, to the same weights as an undisturbed run gives on the same machine. progress: False for
     none, or a label for the bar.
@@ -303,7 +305,7 @@ class Team:
             torch.distributed.all_reduce(value)
         return value.item() / self.size
 
-    def first(self, value: float) -> float:
+    def first(self, value):
         """The first process's value, everywhere: what decides about stopping must not differ by a rounding."""
         if self.size == 1:
             return value
@@ -365,7 +367,11 @@ def _evaluate(
     model, held_out, history: History, step: int, patience: int | None, best: dict | None, team: Team
 ) -> dict | None:
     """Append the held-out loss; keep a copy of the best weights when the run may stop early."""
-    history.held_out.append((step, team.first(held_out(model))))
+    losses = team.first(held_out(model))
+    if isinstance(losses, dict):
+        history.evaluations.append({"step": step} | losses)
+        losses = next(iter(losses.values()))
+    history.held_out.append((step, losses))
     model.train()
     if patience is None:
         return None

@@ -112,9 +112,22 @@ def test_the_history_has_norms_by_group_and_peak_memory(tokens):
 
 def test_a_loss_that_explodes_stops_and_says_what_to_try(tokens):
     model = small()
-    optimizer = torch.optim.SGD(model.parameters(), lr=300.0)
+    growing = iter(range(1, 1000))
+
+    def loss(model, inputs, targets):
+        return next_token_loss(model, inputs, targets) * next(growing)
+
     with pytest.raises(FloatingPointError, match=r"step \d+: the loss explodes.*smaller learning rate"):
-        fit(model, Batches(tokens, batch=4, context=16), optimizer, 200, clip=None, progress=False)
+        fit(model, Batches(tokens, batch=4, context=16), adam(model), 200, loss=loss, progress=False)
+
+
+def test_several_held_out_losses_are_kept_and_the_first_decides(tokens):
+    model = small()
+    losses = iter([{"here": 3.0, "there": 1.0}, {"here": 2.0, "there": 2.0}, {"here": 2.5, "there": 0.0}])
+    options = {"held_out": lambda m: next(losses), "evaluate_every": 2, "patience": 1, "progress": False}
+    history = fit(model, Batches(tokens, batch=4, context=16), adam(model), 10, **options)
+    assert history.best == (4, 2.0) and history.stopped
+    assert history.evaluations[1] == {"step": 4, "here": 2.0, "there": 2.0}
 
 
 def test_a_full_gpu_is_said_with_the_step_and_a_way_out(tokens):
