@@ -1,6 +1,6 @@
 """What the course works on: text that every reader has (`corpus`) and the shipped checkpoints (`shipped`)."""
 
 from lora_edu.data.corpus import Corpus, load_corpus
-from lora_edu.data.shipped import load_checkpoint
+from lora_edu.data.shipped import adapter_folder, load_checkpoint, load_sweeps
 
-__all__ = ["Corpus", "load_checkpoint", "load_corpus"]
+__all__ = ["Corpus", "adapter_folder", "load_checkpoint", "load_corpus", "load_sweeps"]

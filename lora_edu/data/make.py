@@ -1,7 +1,8 @@
 """`make data`: everything in data/, made from text that every reader has, in stages that resume.
 
 Stages: tokenizer, base, full tuning (learning rate chosen on validation text, two seeds), the same under SGD, the
-planted rank, losses beside n-gram baselines, manifest. Training itself is training.py's.
+planted rank, losses beside n-gram baselines; then the recorded sweeps and a few adapters. Training itself is
+training.py's, the runs of the sweeps are sweeps.py's.
 """
 
 import argparse
@@ -9,19 +10,22 @@ import hashlib
 import json
 import platform
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.nn import functional as F
+from tqdm.auto import tqdm
 
-from lora_edu.data import corpus, ngrams, shipped
+from lora_edu.data import corpus, ngrams, shipped, sweeps
+from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import user_folder, write_atomically
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
@@ -31,7 +35,13 @@ BASE_STEPS, BASE_RATE = 3200, 4e-3
 TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2)
 SGD_RATES = (0.3, 1.0)
 PLANTED = {"matrix": "blocks.3.mlp.up.weight", "rank": 2, "relative_norm": 0.5, "steps": 800, "rate": 3e-3}
-STAGES = ("tokenizer", "base", "tune", "sgd", "planted", "losses")
+ADAPTERS = (1, 2, 4, 8, 16)  # ranks of the adapters that ship
+STAGES = ("tokenizer", "base", "tune", "sgd", "planted", "losses", *sweeps.STAGES, "adapters")
+CHECKED = (  # what `--check` runs again unless told otherwise
+    "lora rank=1 rate=0.012 targets=blocks steps=8",
+    "lora rank=8 rate=0.012 steps=100",
+    "full rate=0.006",
+)
 
 
 class Maker:
@@ -51,7 +61,7 @@ class Maker:
             began = time.monotonic()
             if self.facts().get(stage) is None:
                 print(f"{stage} …", flush=True)
-                facts = getattr(self, stage)()
+                facts = self.sweep(stage) if stage in sweeps.STAGES else getattr(self, stage)()
                 self.record(stage, facts | {"seconds": round(time.monotonic() - began)})
             print(f"{stage}: {json.dumps(self.facts()[stage])}", flush=True)
 
@@ -148,19 +158,12 @@ class Maker:
         free = [p for p in student.parameters() if p.requires_grad]
         code = corpus.load_corpus("code")
 
-        def divergence(model, inputs: Tensor, targets: Tensor) -> Tensor:
-            with torch.no_grad():
-                aim = teacher(inputs).log_softmax(-1)
-            return (
-                F.kl_div(model(inputs).log_softmax(-1), aim, log_target=True, reduction="none").sum(-1).mean()
-            )
-
         history = fit(
             student,
             Batches(code.train, batch=4, seed=1),
             torch.optim.AdamW(free, lr=PLANTED["rate"], weight_decay=0.0),
             self.steps(PLANTED["steps"]),
-            loss=divergence,
+            loss=sweeps.divergence_from(teacher),
             checkpoint=self.work / "planted.safetensors",
             progress="tuning towards the planted model",
         )
@@ -188,6 +191,47 @@ class Maker:
                 key: [round(nats, 4), round(text.bits_per_byte(nats), 4)] for key, nats in rows.items()
             }
         return {"nats a token, bits a byte": table}
+
+    def sweep(self, stage: str) -> dict:
+        """One stage of the recorded sweeps, and sweeps.json with the rows of all stages so far."""
+        rows, done = self.rows(), []
+        runs = [run | {"steps": self.steps(run["steps"])} for run in sweeps.STAGES[stage](rows)]
+        with tqdm(total=len(runs), desc=stage, leave=False) as bar:
+            done = sweeps.record_all(
+                runs, self.work / "runs", truncate=stage in sweeps.TRUNCATED, tell=lambda row: bar.update()
+            )
+        known = {row["name"]: row for row in rows} | {row["name"]: row for row in done}
+        text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in known.values())
+        about = {key: self._manifest()[key] for key in ("versions",)} | {"command": "make data", "threads": 1}
+        write_atomically(
+            self.out / "sweeps.json",
+            f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n'.encode(),
+        )
+        self.describe("sweeps.json", "recorded tuning runs: settings, seed, losses, parameters, seconds")
+        return {"runs": len(done), "failed": sum(row["test"] is None for row in done)}
+
+    def adapters(self) -> dict:
+        """LoRA adapters of seed 0 at their tuned rates, in PEFT's format, half precision."""
+        rows, parameters = self.rows(), {}
+        for rank in ADAPTERS:
+            run = sweeps.run_of(rank=rank, rate=sweeps.rate_for(rows, rank))
+            name = sweeps.name_of(run)
+            factors = load_safetensors((self.work / "runs" / f"{name}.safetensors").read_bytes())
+            model = TinyLM.from_state_dict(shipped.load_checkpoint("base"))
+            add_lora(
+                model, rank, rank * run["scale"], sweeps.TARGETS[run["targets"]], lora_dtype=torch.float16
+            )
+            model.load_state_dict(factors, strict=False)
+            folder = save_adapter(model, self.out / "adapters" / f"reference_r{rank}")
+            for file in sorted(folder.iterdir()):
+                self.describe(file.relative_to(self.out).as_posix(), f"LoRA adapter, {name}; float16")
+            parameters[str(rank)] = sum(each.numel() for each in factors.values())
+        return {"parameters": parameters}
+
+    def rows(self) -> list[dict]:
+        """The rows recorded so far."""
+        path = self.out / "sweeps.json"
+        return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
@@ -288,7 +332,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="factor on all step counts (a trial run: 0.01)"
     )
+    parser.add_argument(
+        "--check",
+        nargs="*",
+        metavar="ROW",
+        help="run rows of the recorded sweeps again from their own seeds and say whether each is found again "
+        f"(default: {', '.join(map(repr, CHECKED))})",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.check is not None:
+        return check(arguments.out, arguments.check or CHECKED)
     arguments.out.mkdir(parents=True, exist_ok=True)
     work = user_folder("make", hashlib.sha256(str(arguments.out.resolve()).encode()).hexdigest()[:8])
     if arguments.fresh:
@@ -302,6 +355,20 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def check(out: Path, names: Sequence[str]) -> int:
+    """Run recorded rows again and print what was recorded, what comes out now, and whether the two agree."""
+    shipped.use_folder(out)
+    rows, agree = shipped.load_sweeps(), True
+    print(f"a row is found again within {3 * sweeps.spread(rows):.4f} nats a token (three pooled deviations)")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recorded, now, found in sweeps.check(rows, names, Path(folder)):
+            agree &= found
+            print(
+                f"{'found again' if found else 'NOT FOUND'}: {name}: recorded {recorded:.4f}, now {now:.4f}"
+            )
+    return 0 if agree else 1
 
 
 if __name__ == "__main__":

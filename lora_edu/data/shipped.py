@@ -89,3 +89,22 @@ def check_all() -> Iterator[tuple[str, bool, str]]:
             yield name, True, f"{data_file(name).stat().st_size:,} bytes"
         except (OSError, ValueError) as error:
             yield name, False, str(error)
+
+
+def load_sweeps(**settings) -> list[dict]:
+    """The rows of data/sweeps.json, recorded tuning runs: those with the given settings (`method="lora"`, `rank=8`, …).
+
+    `lora_edu.data.sweeps` made them and says what the settings are; losses are in nats a token.
+    Raises KeyError for a setting that no row has.
+    """
+    rows = json.loads(data_file("sweeps.json").read_text(encoding="utf-8"))["rows"]
+    if unknown := set(settings) - set(rows[0]):
+        raise KeyError(f"no setting is called {sorted(unknown)}; a row has {', '.join(rows[0])}")
+    return [row for row in rows if all(row[key] == value for key, value in settings.items())]
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of a shipped adapter ("reference_r8", …), files checked; `lora_edu.lora.load_adapter` reads it."""
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        path = data_file(f"adapters/{name}/{file}")
+    return path.parent

@@ -4,18 +4,22 @@ A run is a dictionary of settings (`SETTINGS`); its row in data/sweeps.json is t
 loop is training.py's, the methods are lora/'s and tuning/'s; this file only says which runs, and keeps their rows.
 """
 
+import difflib
 import json
-import os
-import time
-from collections.abc import Callable, Iterable, Mapping
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_edu import lowrank
 from lora_edu.data import corpus, shipped
@@ -23,6 +27,7 @@ from lora_edu.lora import add_lora, lora_layers, trainable_parameters
 from lora_edu.paths import write_atomically
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, History, evaluate, fit
+from lora_edu.tuning import frozen_A, subspace
 
 STEPS, BATCH = (
     200,
@@ -37,11 +42,14 @@ TARGETS = {
     "mlp": MLP,
     "embedding": ("embedding",),
     "head": ("head",),
+    "block 3": tuple(
+        f"blocks.3.{name}" for name in (*(f"attention.{a}" for a in ATTENTION), *(f"mlp.{m}" for m in MLP))
+    ),
 }
 # A run's settings and what they are where a run doesn't name them. rank: of all targets, or by target. scale: s, the
 # factor before BA. embedding: the embedding's learning rate as a share of the others'.
 SETTINGS = {
-    "text": "reference",  # or manual, or reference/10: a tenth of it
+    "text": "reference",  # or manual; reference/10, a tenth of it; planted: code, towards chapter 03's planted model
     "method": "lora",  # or full, subspace, frozen A
     "rank": None,
     "scale": 1.0,
@@ -80,7 +88,7 @@ def name_of(run: Mapping) -> str:
 @cache
 def texts(name: str) -> dict[str, Tensor]:
     """Train, validation and test tokens of a tuning text; `name/10` trains on a tenth: every tenth piece of it."""
-    whole, _, part = name.partition("/")
+    whole, _, part = name.replace("planted", "code").partition("/")
     text = corpus.load_corpus(whole)
     train = text.train
     if part:
@@ -94,9 +102,7 @@ def prepare(run: Mapping) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(run["seed"])
     model, rate = TinyLM.from_state_dict(shipped.load_checkpoint("base")), run["rate"]
     if run["method"] == "subspace":
-        from lora_edu.tuning.subspace import Subspace
-
-        handle = Subspace(model, run["dimension"], seed=run["seed"], parameters=run["targets"])
+        handle = subspace(model, run["dimension"], run["seed"], run["targets"])
         groups = [{"params": [handle.z], "lr": rate}]
     elif run["method"] == "full":
         table = model.embedding.weight
@@ -110,9 +116,10 @@ def prepare(run: Mapping) -> tuple[nn.Module, torch.optim.Optimizer]:
         ranks = {target: rank[target] for target in targets} if isinstance(rank, Mapping) else rank
         scaled = lambda r: r * run["scale"]
         alpha = {t: scaled(r) for t, r in ranks.items()} if isinstance(rank, Mapping) else scaled(rank)
-        add_lora(model, ranks, alpha, targets)
         if run["method"] == "frozen A":
-            freeze_random_factors(model)
+            frozen_A(model, ranks, alpha, targets, seed=run["seed"])
+        else:
+            add_lora(model, ranks, alpha, targets)
         parts = {"embedding": [], "A": [], "B": []}
         for name, layer in lora_layers(model).items():
             parts["embedding" if name == "embedding" else "A"].append(layer.lora_A)
@@ -129,12 +136,21 @@ def train(run: Mapping, checkpoint: Path | None = None) -> tuple[nn.Module, Hist
     """The tuned model and its history; with a `checkpoint` the run goes on where it was interrupted."""
     model, optimizer = prepare(run)
     text, code = texts(run["text"]), corpus.load_corpus("code").validation[:10_241]
+    planted = run["text"] == "planted"
+    measure = divergence_from(planted_model()) if planted else None
+
+    def held_out(model: nn.Module) -> dict[str, float]:
+        if planted:
+            return {"loss": distance(model, text["validation"])}
+        return {"loss": evaluate(model, text["validation"]), "code": evaluate(model, code)}
+
     history = fit(
         model,
-        Batches(text["train"], batch=BATCH, seed=run["seed"]),
+        Batches(text["train"], batch=4 if planted else BATCH, seed=run["seed"]),
         optimizer,
         run["steps"],
-        held_out=lambda m: {"loss": evaluate(m, text["validation"]), "code": evaluate(m, code)},
+        loss=measure,
+        held_out=held_out,
         evaluate_every=25 if run["patience"] else 50,
         patience=run["patience"],
         checkpoint=checkpoint,
@@ -145,12 +161,17 @@ def train(run: Mapping, checkpoint: Path | None = None) -> tuple[nn.Module, Hist
 
 def row_of(run: Mapping, model: nn.Module, history: History) -> dict:
     """What a run leaves in data/sweeps.json: its settings, losses in nats a token, parameters, seconds."""
-    last = history.steps[-20:]
-    row = dict(run) | {
+    last, test = history.steps[-20:], texts(run["text"])["test"]
+    if run["text"] == "planted":
+        base = TinyLM.from_state_dict(shipped.load_checkpoint("base"))
+        losses = {"test": distance(model, test), "base": distance(base, test)}
+    else:
+        code = corpus.load_corpus("code").test[:30_721]
+        losses = measure(model, test) | {"code": evaluate(model, code)}
+    return dict(run) | {
         "name": name_of(run),
         "parameters": sum(p.numel() for p in trainable_parameters(model)),
-        "test": round(evaluate(model, texts(run["text"])["test"]), 4),
-        "code": round(evaluate(model, corpus.load_corpus("code").test[:30_721]), 4),
+        **{key: round(value, 4) for key, value in losses.items()},
         "training": round(sum(each["loss"] for each in last) / len(last), 4),
         "evaluations": [{k: round(v, 4) for k, v in each.items()} for each in history.evaluations],
         "best_step": history.best[0],
@@ -159,21 +180,59 @@ def row_of(run: Mapping, model: nn.Module, history: History) -> dict:
         "seconds": round(history.seconds, 1),
         "peak_memory": history.peak_memory,
     }
-    if run["method"] == "full":
-        row["truncated"] = truncated_losses(model, run)
-    return row
 
 
-def truncated_losses(model: nn.Module, run: Mapping) -> dict[str, float]:
+@torch.no_grad()
+def measure(model: nn.Module, tokens: Tensor, context: int = 256) -> dict[str, float]:
+    """{"test": nats a token, "accuracy": share of tokens that are the likeliest guess}, as `evaluate` reads a text."""
+    windows = (len(tokens) - 1) // context
+    loss, right = 0.0, 0
+    for start in range(0, windows * context, context):
+        targets = tokens[start + 1 : start + context + 1]
+        logits = model(tokens[None, start : start + context])[0]
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        right += (logits.argmax(-1) == targets).sum().item()
+    return {"test": loss / (windows * context), "accuracy": right / (windows * context)}
+
+
+def planted_model() -> TinyLM:
+    """The base with chapter 03's planted rank-2 ΔW in one matrix (`data.make` planted it)."""
+    base, matrix = shipped.load_checkpoint("base"), shipped.manifest()["stages"]["planted"]["matrix"]
+    return TinyLM.from_state_dict(
+        base | {matrix: base[matrix] + shipped.load_checkpoint("planted")["planted"]}
+    ).eval()
+
+
+def divergence_from(teacher: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """The loss KL(teacher ‖ model) in nats a token, for `fit`."""
+
+    def divergence(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            aim = teacher(inputs).log_softmax(-1)
+        return F.kl_div(model(inputs).log_softmax(-1), aim, log_target=True, reduction="none").sum(-1).mean()
+
+    return divergence
+
+
+@torch.no_grad()
+def distance(model: nn.Module, tokens: Tensor) -> float:
+    """KL(planted model ‖ model) over the first eight windows of a text, as chapter 03 measures it."""
+    was_training = model.training
+    text = tokens[: 8 * 256].view(8, 256)
+    value = divergence_from(planted_model())(model.eval(), text, text).item()
+    model.train(was_training)
+    return value
+
+
+def truncated_losses(delta: Mapping[str, Tensor], text: str) -> dict[str, float]:
     """Rank → test loss of the base plus ΔW with every matrix cut to that rank (biases and norms keep theirs).
 
     Rank 0 has the biases and norms alone; `matrices r` has the cut matrices without them, as LoRA has it.
     """
-    base, tuned = shipped.load_checkpoint("base"), model.state_dict()
-    delta = {name: tuned[name] - W for name, W in base.items()}
+    base = shipped.load_checkpoint("base")
     factors = {name: lowrank.svd(dW) for name, dW in delta.items() if dW.dim() == 2}
     vectors = {name: dW for name, dW in delta.items() if dW.dim() != 2}
-    test, losses = texts(run["text"])["test"], {}
+    test, losses = texts(text)["test"], {}
     for rank in (0, *RANKS):
         cut = {n: (U[:, :rank] * S[:rank]) @ Vh[:rank] for n, (U, S, Vh) in factors.items()}
         for label, change in ((str(rank), cut | vectors), (f"matrices {rank}", cut)):
@@ -183,36 +242,206 @@ def truncated_losses(model: nn.Module, run: Mapping) -> dict[str, float]:
     return losses
 
 
-def freeze_random_factors(model: nn.Module) -> None:
-    """LoRA with its random factor frozen: A of a linear layer, B of an embedding. What is left is linear in ΔW."""
-    for name, layer in lora_layers(model).items():
-        (layer.lora_B if name == "embedding" else layer.lora_A).requires_grad_(False)
+def record(run: Mapping, folder: Path, truncate: bool = False) -> dict:
+    """Do a run, or read its row if it has been done: folder/NAME.json; folder/NAME.safetensors has what it changed.
 
-
-def record(run: Mapping, folder: Path) -> dict:
-    """Do a run, or read its row if it has been done: folder/NAME.json, and its weights in folder/NAME.safetensors."""
+    That is ΔW of full tuning, and the factors of LoRA, in half precision. With `truncate` the row of full tuning gets
+    the losses of its truncated ΔW, too.
+    """
     path = folder / f"{name_of(run)}.json"
+    weights, checkpoint = path.with_suffix(".safetensors"), path.with_suffix(".run")
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    checkpoint = path.with_suffix(".run")
-    try:
-        model, history = train(run, checkpoint)
-        row = row_of(run, model, history)
-    except FloatingPointError as error:  # a rate that is too large is a result, too
-        model, row = None, dict(run) | {"name": name_of(run), "test": None, "failed": str(error)}
-    if model is not None and run["method"] in ("lora", "full"):
-        kept = {n: p.detach().half().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-        write_atomically(path.with_suffix(".safetensors"), save_safetensors(kept, {"run": row["name"]}))
-    write_atomically(path, json.dumps(row).encode())
-    checkpoint.unlink(missing_ok=True)
+        row = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        try:
+            model, history = train(run, checkpoint)
+            row = row_of(run, model, history)
+            if run["method"] in ("lora", "full"):
+                write_atomically(weights, save_safetensors(changes(run, model), {"run": row["name"]}))
+        except FloatingPointError as error:  # a rate that is too large is a result, too
+            row = dict(run) | {"name": name_of(run), "test": None, "failed": str(error)}
+        write_atomically(path, json.dumps(row).encode())
+        checkpoint.unlink(missing_ok=True)
+    if truncate and run["method"] == "full" and "truncated" not in row:
+        delta = {name: dW.float() for name, dW in load_safetensors(weights.read_bytes()).items()}
+        row["truncated"] = truncated_losses(delta, run["text"])
+        write_atomically(path, json.dumps(row).encode())
     return row
+
+
+def changes(run: Mapping, model: nn.Module) -> dict[str, Tensor]:
+    """What a run changed, in half precision: ΔW of every parameter for full tuning, else what was trained."""
+    base = shipped.load_checkpoint("base") if run["method"] == "full" else {}
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: (p - base.get(name, 0)).half().contiguous() for name, p in trained.items()}
+
+
+# ---- which runs ------------------------------------------------------------------------------------------------
+
+# Four rates for each, the same number for full tuning and for LoRA at three ranks.
+FULL_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+LORA_RATES = {
+    1: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    8: (3e-3, 6e-3, 1.2e-2, 2.4e-2),
+    64: (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+}
+SEEDS = (0, 1, 2)
+SHORT = 100  # steps of the runs that compare settings with one another
+# Subspaces: numbers trained, and the rate as c √(D / d): P's entries are √(d / D), so c is how far Adam moves a weight.
+SIZES = {"all": 2_728_000, "blocks": 727_800}
+DIMENSIONS = {
+    "all": (100, 1_000, 10_000, 100_000, 1_000_000),
+    "blocks": (1_000, 10_000, 100_000, SIZES["blocks"]),
+}
+WEIGHT_RATES = (1e-3, 3e-3)
+FROZEN_RATE = 1.2e-2
+BUDGET = {  # some 80 000 parameters each
+    "embedding": 8,
+    "head": 8,
+    "attention": 17,
+    "mlp": 13,
+    "blocks": 7,
+    "all": {"embedding": 2, "head": 2, **dict.fromkeys((*ATTENTION, *MLP), 4)},
+}
+TARGET_RATES = (6e-3, 1.2e-2)
+SCARCE = ("reference/10", "manual")
+
+
+def rates() -> list[dict]:
+    """The learning rate of full tuning, and of LoRA at three ranks."""
+    full = [run_of(method="full", rate=rate) for rate in FULL_RATES]
+    full += [run_of(method="full", rate=rate, embedding=1.0) for rate in FULL_RATES[1:3]]
+    lora = [run_of(rank=rank, rate=rate) for rank, grid in LORA_RATES.items() for rate in grid]
+    return full + lora
+
+
+def best(rows: Iterable[Mapping], **settings) -> dict:
+    """The row with these settings whose validation loss is lowest."""
+    fitting = [
+        row
+        for row in rows
+        if row["test"] is not None and all(row[key] == value for key, value in settings.items())
+    ]
+    if not fitting:
+        raise ValueError(f"no run has been recorded with {settings}")
+    return min(fitting, key=lambda row: min(each["loss"] for each in row["evaluations"]))
+
+
+def rate_for(rows: Iterable[Mapping], rank: int) -> float:
+    """LoRA's tuned learning rate at a rank: found at 1, 8 and 64, between them on a straight line in the logarithms."""
+    usual = {"method": "lora", "text": "reference", "targets": "all", "scale": 1.0, "steps": STEPS, "seed": 0}
+    usual |= {"embedding": SETTINGS["embedding"]}
+    tuned = [(math.log2(r), math.log(best(rows, rank=r, **usual)["rate"])) for r in LORA_RATES]
+    at = math.log2(rank)
+    (x0, y0), (x1, y1) = next(pair for pair in pairwise(tuned) if at <= pair[1][0])
+    return float(f"{math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0)):.2g}")
+
+
+def ranks(rows: Iterable[Mapping]) -> list[dict]:
+    """LoRA at every rank and full tuning at their tuned rates, three seeds each."""
+    full = best(rows, method="full", text="reference", steps=STEPS, seed=0)
+    found = [run_of(rank=r, rate=rate_for(rows, r), seed=seed) for seed in SEEDS for r in RANKS]
+    return found + [
+        run_of(method="full", rate=full["rate"], embedding=full["embedding"], seed=s) for s in SEEDS
+    ]
+
+
+def subspaces() -> list[dict]:
+    """Random subspaces of all parameters and of the blocks alone, and LoRA with its random factor frozen.
+
+    In the blocks' largest, d = D, P only reorders and flips signs: that is full tuning of the blocks.
+    """
+    random = [
+        run_of(
+            method="subspace",
+            targets=scope,
+            dimension=d,
+            rate=float(f"{c * math.sqrt(SIZES[scope] / d):.3g}"),
+        )
+        for scope, dimensions in DIMENSIONS.items()
+        for d in dimensions
+        for c in WEIGHT_RATES
+    ]
+    frozen = [(1, "all"), (8, "all"), (64, "all"), (1, "blocks"), (8, "blocks")]
+    return random + [run_of(method="frozen A", rank=r, targets=t, rate=FROZEN_RATE) for r, t in frozen]
+
+
+def scaling(rows: Iterable[Mapping]) -> list[dict]:
+    """Short runs: alpha / r against alpha / √r at one rate, alpha beside the rate, and the embedding's own rate."""
+    rate, short = rate_for(rows, 8), {"steps": SHORT}
+    by_rank = [
+        run_of(rank=r, rate=rate, scale=float(f"{scale:.4g}"), **short)
+        for r in RANKS[::2]
+        for scale in (8 / r, math.sqrt(8 / r))
+    ]
+    by_size = [
+        run_of(rank=8, rate=rate * faster, scale=larger, **short)
+        for factor in (0.25, 0.5, 1.0, 2.0, 4.0)
+        for faster, larger in ((factor, 1.0), (1.0, factor))
+    ]
+    return by_rank + by_size + [run_of(rank=8, rate=rate, embedding=share, **short) for share in (1.0, 0.1)]
+
+
+def targets() -> list[dict]:
+    """Short runs: some 80 000 parameters spent on different matrices, three rates each."""
+    return [
+        run_of(
+            rank=rank, targets=name, rate=rate, embedding=1.0 if name == "embedding" else 1 / 3, steps=SHORT
+        )
+        for name, rank in BUDGET.items()
+        for rate in TARGET_RATES
+    ]
+
+
+def scarce(rows: Iterable[Mapping]) -> list[dict]:
+    """Little text: full tuning and LoRA, stopped early, at the rate tuned on plenty of it and at a third of that."""
+    full = best(rows, method="full", text="reference", steps=STEPS, seed=0)["rate"]
+    methods = [({"method": "full"}, full), *(({"rank": r}, rate_for(rows, r)) for r in (1, 8))]
+    return [
+        run_of(text=text, rate=float(f"{rate * factor:.3g}"), steps=150, patience=2, **settings)
+        for text in SCARCE
+        for factor in (1 / 3, 1.0)
+        for settings, rate in methods
+    ]
+
+
+def planted() -> list[dict]:
+    """LoRA of rank 1, 2 and 4 on the block of chapter 03's planted update, towards the planted model."""
+    return [
+        run_of(text="planted", rank=r, targets="block 3", rate=rate, steps=400)
+        for r in (1, 2, 4)
+        for rate in (3e-3, 1e-2)
+    ]
+
+
+def short() -> list[dict]:
+    """A run of a few seconds, recorded so that a test can repeat it."""
+    return [run_of(rank=1, rate=1.2e-2, targets="blocks", steps=8)]
+
+
+# Stage → its runs, given the rows of the stages before it.
+STAGES: dict[str, Callable[[list[dict]], list[dict]]] = {
+    "rates": lambda rows: rates(),
+    "ranks": ranks,
+    "subspaces": lambda rows: subspaces(),
+    "scaling": scaling,
+    "targets": lambda rows: targets(),
+    "scarce": scarce,
+    "planted_lora": lambda rows: planted(),
+    "short": lambda rows: short(),
+}
+TRUNCATED = ("ranks", "scarce")  # stages in which full tuning's ΔW is cut to every rank
 
 
 # ---- many runs -------------------------------------------------------------------------------------------------
 
 
 def record_all(
-    runs: Iterable[Mapping], folder: Path, processes: int = 2, tell: Callable[[dict], None] | None = None
+    runs: Iterable[Mapping],
+    folder: Path,
+    processes: int = 2,
+    truncate: bool = False,
+    tell: Callable[[dict], None] | None = None,
 ) -> list[dict]:
     """Rows of all runs, in their order; `processes` at a time with one thread each. Stopped, it goes on from there."""
     runs = {name_of(run): run for run in runs}
@@ -220,7 +449,7 @@ def record_all(
     rows = {}
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_one_thread) as pool:
         try:
-            waiting = {pool.submit(record, run, folder): name for name, run in runs.items()}
+            waiting = {pool.submit(record, run, folder, truncate): name for name, run in runs.items()}
             for done in as_completed(waiting):
                 rows[waiting[done]] = done.result()
                 if tell:
@@ -232,5 +461,32 @@ def record_all(
 
 
 def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+# ---- is a row found again? -------------------------------------------------------------------------------------
+
+
+def spread(rows: Iterable[Mapping]) -> float:
+    """Pooled standard deviation of the test loss over seeds: √ of the mean variance of runs that differ in it alone."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if row["test"] is not None:
+            groups.setdefault(name_of(dict(row) | {"seed": 0}), []).append(row["test"])
+    several = [group for group in groups.values() if len(group) > 1]
+    if not several:
+        raise ValueError("no two rows differ in their seed alone, so there is no spread to compare with")
+    return math.sqrt(sum(statistics.variance(group) for group in several) / len(several))
+
+
+def check(rows: list[dict], names: Iterable[str], folder: Path) -> Iterator[tuple[str, float, float, bool]]:
+    """Run rows again from their own seeds: (name, recorded loss, loss now, whether within three pooled deviations)."""
+    recorded = {row["name"]: row for row in rows}
+    for name in names:
+        if name not in recorded:
+            close = difflib.get_close_matches(name, recorded, n=3, cutoff=0)
+            raise ValueError(f"no row is named {name!r}; close to it: {', '.join(map(repr, close))}")
+    for name in names:
+        old = recorded[name]
+        new = record({key: old[key] for key in SETTINGS}, folder)
+        yield name, old["test"], new["test"], abs(new["test"] - old["test"]) <= 3 * spread(rows)
