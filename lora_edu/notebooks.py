@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,28 +135,36 @@ def assemble(prefix: str, cells: Sequence[NotebookNode]) -> NotebookNode:
     return new_notebook(cells=made, metadata=METADATA)
 
 
-def run(notebook: NotebookNode, threads: int = 1) -> NotebookNode:
+def run(
+    notebook: NotebookNode,
+    threads: int = 1,
+    *,
+    keep_widgets: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> NotebookNode:
     """Run a notebook in a fresh kernel, in an empty folder, with nobody's IPython settings.
 
     Live views of widgets are left out: a reader without a kernel needs the picture and text beside them.
+    With `keep_widgets` they stay, and what they are made of goes into the notebook's metadata.
+    variables: of the kernel's environment, on top of this process's.
     Raises ValueError where a cell fails or writes to stderr: the message holds the cell.
     """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        variables = {**os.environ, **dict.fromkeys(THREADS, str(threads)), "IPYTHONDIR": f"{folder}/.ipython"}
+        own = {**dict.fromkeys(THREADS, str(threads)), "IPYTHONDIR": f"{folder}/.ipython", **(variables or {})}
         client = NotebookClient(
             notebook,
             timeout=1200,
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
-            store_widget_state=False,
+            store_widget_state=keep_widgets,
             record_timing=False,
             coalesce_streams=True,
         )
         try:
-            client.execute(env=variables, stderr=subprocess.DEVNULL)
+            client.execute(env=os.environ | own, stderr=subprocess.DEVNULL)
         except CellExecutionError as error:
             raise ValueError(str(error)) from None
     for cell in notebook.cells:
@@ -165,9 +173,11 @@ def run(notebook: NotebookNode, threads: int = 1) -> NotebookNode:
         for output in cell.outputs:
             if output.get("name") == "stderr":
                 raise ValueError(f"the cell\n\n{cell.source}\n\nwrote to stderr:\n\n{output.text}")
-            output.get("data", {}).pop(LIVE_VIEW, None)
-            output.get("metadata", {}).pop(LIVE_VIEW, None)
-    notebook.metadata = nbformat.from_dict(METADATA)
+            if not keep_widgets:
+                output.get("data", {}).pop(LIVE_VIEW, None)
+                output.get("metadata", {}).pop(LIVE_VIEW, None)
+    widgets = {"widgets": notebook.metadata.widgets} if "widgets" in notebook.metadata else {}
+    notebook.metadata = nbformat.from_dict(METADATA | widgets)
     return notebook
 
 
