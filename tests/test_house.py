@@ -20,7 +20,7 @@ FLOORS = {
     1: ["paths", "lowrank", "counting", "data"],
     2: ["tinylm", "lora"],
     3: ["training", "plots", "tuning"],
-    4: ["explore", "exercises", "data.make", "data.sweeps"],
+    4: ["explore", "exercises", "data.make", "data.sweeps", "data.analysis"],
     5: ["cli", "lab", "doctor", "notebooks", "delta"],
 }
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"

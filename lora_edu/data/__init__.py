@@ -1,6 +1,20 @@
-"""What the course works on: text that every reader has (`corpus`) and the shipped checkpoints (`shipped`)."""
+"""What the course works on: text that every reader has (`corpus`) and what ships, by name (`shipped`)."""
 
 from lora_edu.data.corpus import Corpus, load_corpus
-from lora_edu.data.shipped import adapter_folder, load_checkpoint, load_sweeps
+from lora_edu.data.shipped import (
+    adapter_folder,
+    load_analysis,
+    load_base_losses,
+    load_checkpoint,
+    load_sweeps,
+)
 
-__all__ = ["Corpus", "adapter_folder", "load_checkpoint", "load_corpus", "load_sweeps"]
+__all__ = [
+    "Corpus",
+    "adapter_folder",
+    "load_analysis",
+    "load_base_losses",
+    "load_checkpoint",
+    "load_corpus",
+    "load_sweeps",
+]

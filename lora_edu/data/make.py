@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_edu.data import corpus, ngrams, shipped, sweeps
+from lora_edu.data import analysis, corpus, ngrams, shipped, sweeps
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import user_folder, write_atomically
 from lora_edu.tinylm import TinyLM
@@ -35,8 +35,8 @@ BASE_STEPS, BASE_RATE = 3200, 4e-3
 TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2)
 SGD_RATES = (0.3, 1.0)
 PLANTED = {"matrix": "blocks.3.mlp.up.weight", "rank": 2, "relative_norm": 0.5, "steps": 800, "rate": 3e-3}
-ADAPTERS = (1, 2, 4, 8, 16)  # ranks of the adapters that ship
-STAGES = ("tokenizer", "base", "tune", "sgd", "planted", "losses", *sweeps.STAGES, "adapters")
+ADAPTERS = {f"reference_r{rank}": (rank, 0) for rank in (1, 2, 4, 8, 16)} | {"reference_r8_seed_1": (8, 1)}
+STAGES = ("tokenizer", "base", "tune", "sgd", "planted", "losses", *sweeps.STAGES, "analysis", "adapters")
 CHECKED = (  # what `--check` runs again unless told otherwise
     "lora rank=1 rate=0.012 targets=blocks steps=8",
     "lora rank=8 rate=0.012 steps=100",
@@ -201,20 +201,38 @@ class Maker:
                 runs, self.work / "runs", truncate=stage in sweeps.TRUNCATED, tell=lambda row: bar.update()
             )
         known = {row["name"]: row for row in rows} | {row["name"]: row for row in done}
-        text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in known.values())
-        about = {key: self._manifest()[key] for key in ("versions",)} | {"command": "make data", "threads": 1}
-        write_atomically(
-            self.out / "sweeps.json",
-            f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n'.encode(),
-        )
-        self.describe("sweeps.json", "recorded tuning runs: settings, seed, losses, parameters, seconds")
+        self.write_sweeps({"rows": list(known.values())})
         return {"runs": len(done), "failed": sum(row["test"] is None for row in done)}
 
+    def analysis(self) -> dict:
+        """Spectra and subspaces of the recorded runs, from weights that don't ship; the losses of the untuned base."""
+        rows, base = self.rows(), shipped.load_checkpoint("base")
+
+        def read(name: str) -> dict[str, Tensor]:
+            return load_safetensors((self.work / "runs" / f"{name}.safetensors").read_bytes())
+
+        self.write_sweeps({"base": sweeps.base_losses(), "analysis": analysis.analyse(rows, read, base)})
+        return {"rows": len(rows)}
+
+    def write_sweeps(self, parts: dict) -> None:
+        """Put parts into sweeps.json, a row a line, and enter the file into the manifest."""
+        path = self.out / "sweeps.json"
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
+        content = (
+            {"command": "make data", "versions": self._manifest()["versions"], "threads": 1} | content | parts
+        )
+        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in content.pop("rows"))
+        head = json.dumps(content, ensure_ascii=False)[:-1]
+        write_atomically(path, f'{head},\n"rows": [\n{rows}\n]}}\n'.encode())
+        self.describe(
+            "sweeps.json", "recorded tuning runs: settings, seed, losses, parameters, seconds; their analysis"
+        )
+
     def adapters(self) -> dict:
-        """LoRA adapters of seed 0 at their tuned rates, in PEFT's format, half precision."""
+        """LoRA adapters of some runs of the stage `ranks`, in PEFT's format, half precision."""
         rows, parameters = self.rows(), {}
-        for rank in ADAPTERS:
-            run = sweeps.run_of(rank=rank, rate=sweeps.rate_for(rows, rank))
+        for adapter, (rank, seed) in ADAPTERS.items():
+            run = sweeps.run_of(rank=rank, rate=sweeps.rate_for(rows, rank), seed=seed)
             name = sweeps.name_of(run)
             factors = load_safetensors((self.work / "runs" / f"{name}.safetensors").read_bytes())
             model = TinyLM.from_state_dict(shipped.load_checkpoint("base"))
@@ -222,10 +240,10 @@ class Maker:
                 model, rank, rank * run["scale"], sweeps.TARGETS[run["targets"]], lora_dtype=torch.float16
             )
             model.load_state_dict(factors, strict=False)
-            folder = save_adapter(model, self.out / "adapters" / f"reference_r{rank}")
+            folder = save_adapter(model, self.out / "adapters" / adapter)
             for file in sorted(folder.iterdir()):
                 self.describe(file.relative_to(self.out).as_posix(), f"LoRA adapter, {name}; float16")
-            parameters[str(rank)] = sum(each.numel() for each in factors.values())
+            parameters[adapter] = sum(each.numel() for each in factors.values())
         return {"parameters": parameters}
 
     def rows(self) -> list[dict]:

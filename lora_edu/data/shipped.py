@@ -97,10 +97,24 @@ def load_sweeps(**settings) -> list[dict]:
     `lora_edu.data.sweeps` made them and says what the settings are; losses are in nats a token.
     Raises KeyError for a setting that no row has.
     """
-    rows = json.loads(data_file("sweeps.json").read_text(encoding="utf-8"))["rows"]
+    rows = _sweeps()["rows"]
     if unknown := set(settings) - set(rows[0]):
         raise KeyError(f"no setting is called {sorted(unknown)}; a row has {', '.join(rows[0])}")
     return [row for row in rows if all(row[key] == value for key, value in settings.items())]
+
+
+def load_base_losses() -> dict[str, dict[str, float]]:
+    """Text ("reference", "reference/10", "manual", "planted") → the untuned base's losses, named as in a row."""
+    return _sweeps()["base"]
+
+
+def load_analysis() -> dict:
+    """What `lora_edu.data.analysis` found in the weights of the recorded runs: spectra, subspaces, intruders."""
+    return _sweeps()["analysis"]
+
+
+def _sweeps() -> dict:
+    return json.loads(data_file("sweeps.json").read_text(encoding="utf-8"))
 
 
 def adapter_folder(name: str) -> Path:

@@ -379,7 +379,9 @@ def scaling(rows: Iterable[Mapping]) -> list[dict]:
         for factor in (0.25, 0.5, 1.0, 2.0, 4.0)
         for faster, larger in ((factor, 1.0), (1.0, factor))
     ]
-    return by_rank + by_size + [run_of(rank=8, rate=rate, embedding=share, **short) for share in (1.0, 0.1)]
+    exchanged = [run_of(rank=8, rate=rate * c**-0.5, scale=c, **short) for c in (0.25, 4.0)]
+    own = [run_of(rank=8, rate=rate, embedding=share, **short) for share in (1.0, 0.1)]
+    return by_rank + by_size + exchanged + own
 
 
 def targets() -> list[dict]:
@@ -417,6 +419,23 @@ def planted() -> list[dict]:
 def short() -> list[dict]:
     """A run of a few seconds, recorded so that a test can repeat it."""
     return [run_of(rank=1, rate=1.2e-2, targets="blocks", steps=8)]
+
+
+def base_losses() -> dict[str, dict[str, float]]:
+    """Text → what a row of the untuned base would say: test, accuracy, code, and those of an evaluation."""
+    base = TinyLM.from_state_dict(shipped.load_checkpoint("base")).eval()
+    code = corpus.load_corpus("code")
+    shared = {
+        "code": evaluate(base, code.test[:30_721]),
+        "code validation": evaluate(base, code.validation[:10_241]),
+    }
+    losses = {"planted": {"test": distance(base, code.test)}}
+    for name in ("reference", *SCARCE):
+        text = texts(name)
+        losses[name] = (
+            measure(base, text["test"]) | {"validation": evaluate(base, text["validation"])} | shared
+        )
+    return {name: {key: round(value, 4) for key, value in each.items()} for name, each in losses.items()}
 
 
 # Stage → its runs, given the rows of the stages before it.
