@@ -524,3 +524,53 @@ def norm_against_count(axes: Axes, counts, norms: Mapping[str, Sequence[float]],
     axes.xaxis.set_major_formatter(FixedFormatter(["never", "1", "10", "100", "1,000", "10,000"]))
     plain_ticks(axes.yaxis, (0.01, 0.1, 1, 10))
     return drawn
+
+
+# --- recorded runs ------------------------------------------------------------------------------------
+
+
+@style()
+def bands(axes: Axes, series: Mapping[str, tuple], **labels) -> list[Line2D]:
+    """Mean over repeats as a line and dots, from the lowest to the highest repeat as a band, by name.
+
+    A series is (x, repeats): for each x the values of its repeats. `labels` go to Axes.set.
+    """
+    drawn = []
+    for (name, (x, repeats)), colour in zip(series.items(), itertools.cycle(PALETTE), strict=False):
+        low, high = ([pick(values) for values in repeats] for pick in (min, max))
+        means = [sum(values) / len(values) for values in repeats]
+        drawn += axes.plot(x, means, color=colour, marker="o", label=name)
+        axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+    if len(series) > 1:
+        axes.legend()
+    axes.set(**labels)
+    return drawn
+
+
+@style()
+def rate_curves(axes: Axes, losses: Mapping[str, Mapping[float, float]], **labels) -> list[Line2D]:
+    """Loss against learning rate, a line for each name, its best rate ringed; `labels` go to Axes.set."""
+    drawn = []
+    for (name, values), colour in zip(losses.items(), itertools.cycle(PALETTE), strict=False):
+        rates = sorted(values)
+        drawn += axes.plot(rates, [values[rate] for rate in rates], color=colour, marker="o", label=name)
+        best = min(rates, key=values.get)
+        axes.plot(best, values[best], "o", markersize=10, markerfacecolor="none", color=colour)
+    axes.legend()
+    axes.set(**{"xscale": "log", "xlabel": "learning rate", "ylabel": "held-out loss, nats a token"} | labels)
+    return drawn
+
+
+@style()
+def level_grid(axes: Axes, grid, rows: Sequence[int], columns: Sequence[int], **labels) -> AxesImage:
+    """Values from 0 to 1 as a table of coloured cells with the value in each; `labels` go to Axes.set."""
+    values = np.asarray(grid, float)
+    image = axes.imshow(values, vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if value < 0.6 else BLACK
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(columns)), [str(each) for each in columns])
+    axes.set_yticks(range(len(rows)), [str(each) for each in rows])
+    axes.grid(False)
+    axes.set(**labels)
+    return image

@@ -6,6 +6,12 @@ from lora_edu.explore.explorer import Explorer
 from lora_edu.explore.lora_embedding import bytes_moved, first_step
 from lora_edu.explore.lora_linear import alpha_that_does_nothing, gradient_norms, seen_through
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
+from lora_edu.explore.train_with_lora import (
+    equal_gain,
+    rate_and_rank,
+    shared_directions,
+    trained_and_truncated,
+)
 
 __all__ = [
     "Calculator",
@@ -14,6 +20,7 @@ __all__ = [
     "bytes_moved",
     "calculator",
     "elevation_rank",
+    "equal_gain",
     "first_step",
     "gradient_norms",
     "hidden_direction",
@@ -21,10 +28,13 @@ __all__ = [
     "photograph_rank",
     "rank_and_shape",
     "rare_rows",
+    "rate_and_rank",
     "rounding",
     "seen_through",
+    "shared_directions",
     "spectra_by_kind",
     "table_and_square",
+    "trained_and_truncated",
     "truncation",
     "two_seeds",
     "which_matrices",

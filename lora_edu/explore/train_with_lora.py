@@ -1,0 +1,176 @@
+"""Chapter 07's explorers: trained against truncated rank, learning rate, forgetting at equal gain, shared directions.
+
+Each function takes numbers of recorded runs and returns an Explorer; nothing is loaded, trained or evaluated here.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import mean
+
+from matplotlib.figure import Figure
+
+from lora_edu import lowrank, plots
+from lora_edu.explore.explorer import Explorer
+
+
+def trained_and_truncated(
+    trained: Mapping[int, Sequence[float]],
+    truncated: Mapping[int, Sequence[float]],
+    full: Sequence[float],
+    before: float,
+    parameters: Mapping[int, int],
+) -> Explorer:
+    """Rank r → share of full tuning's gain: trained at r, and full tuning's ΔW cut to r.
+
+    trained, truncated: rank → test losses, one a seed; full: test losses of full tuning; before: that of the base;
+    parameters: rank → numbers that LoRA trains.
+    """
+    ranks = sorted(trained)
+    whole = before - mean(full)
+    share = {
+        name: {r: [(before - loss) / whole for loss in losses[r]] for r in ranks}
+        for name, losses in (("trained at r", trained), ("cut to r", truncated))
+    }
+    spread = [(before - loss) / whole for loss in full]
+
+    def draw(figure: Figure, r: int) -> str:
+        curve, beside = figure.subplots(1, 2, width_ratios=[1.6, 1])
+        here = {name: mean(values[r]) for name, values in share.items()}
+        plots.bands(
+            curve,
+            {name: (ranks, [values[k] for k in ranks]) for name, values in share.items()},
+            xscale="log",
+            xlabel="rank r",
+            ylabel="share of the gain",
+            ylim=(0, 1.15),
+        )
+        curve.axhspan(min(spread), max(spread), color=plots.GREY, alpha=0.35, linewidth=0)
+        curve.annotate("full tuning", (ranks[0], 1), (0, 5), textcoords="offset points")
+        curve.legend(loc="lower right")
+        plots.plain_ticks(curve.xaxis, ranks)
+        curve.axvline(r, color=plots.GREY, linewidth=1, linestyle=":")
+        curve.set_title("three seeds each; bands from lowest to highest")
+        values = [1.0, here["trained at r"], here["cut to r"]]
+        colours = [plots.GREY, plots.BLUE, plots.VERMILION]
+        plots.bars(beside, ["full", "trained", "cut"], values, colours, [f"{v:.0%}" for v in values])
+        beside.set(xlim=(0, 1.35), xticks=[0, 0.5, 1], xlabel="share of the gain", title=f"r = {r}")
+        return (
+            f"r = {r}: trained {here['trained at r']:.0%} of full tuning's gain with {parameters[r]:,} numbers; "
+            f"full tuning's ΔW cut to {r}: {here['cut to r']:.0%}."
+        )
+
+    return Explorer(draw, {"r": ranks}, start={"r": 8}, labels={"r": "rank r"})
+
+
+def rate_and_rank(
+    losses: Mapping[str, Mapping[float, float]], along: Mapping[str, Mapping[float, Sequence]]
+) -> Explorer:
+    """Method → held-out loss at the end of each learning rate tried, and on the way there.
+
+    losses: name → rate → loss; along: name → rate → [(step, loss), …] of the same runs. The best rate is ringed.
+    """
+    low = min(loss for values in losses.values() for loss in values.values())
+    high = max(loss for runs in along.values() for run in runs.values() for _, loss in run)
+
+    def draw(figure: Figure, method: str) -> str:
+        ends, way = figure.subplots(1, 2)
+        for values in losses.values():
+            rates = sorted(values)
+            ends.plot(rates, [values[rate] for rate in rates], color="#c8c8c8", linewidth=1.2)
+        plots.rate_curves(ends, {method: losses[method]}, ylabel="held-out loss at the end")
+        plots.plain_ticks(ends.xaxis, sorted({rate for values in losses.values() for rate in values})[::2])
+        best = min(losses[method], key=losses[method].get)
+        ends.set_title(f"best of {len(losses[method])} rates: {best:g}")
+        curves = {
+            f"{rate:g}": tuple(zip(*along[method][rate], strict=True)) for rate in sorted(along[method])
+        }
+        plots.curves(way, curves, xlabel="step", ylabel="held-out loss", ylim=(low - 0.1, high + 0.1))
+        way.set_title(f"{method}, by learning rate")
+        return f"{method}: the best rate tried is {best:g}, with {losses[method][best]:.2f} nats a token at the end."
+
+    return Explorer(draw, {"method": list(losses)}, start={"method": list(losses)[-1]})
+
+
+def equal_gain(paths: Mapping[str, Sequence[tuple[float, float]]], levels: Sequence[float]) -> Explorer:
+    """Loss on the tuning text that all have reached → what each has then lost on code.
+
+    paths: name → [(loss on the tuning text, loss on code), …] along a run, the base first. levels: losses, each
+    within every path.
+    """
+    first = next(iter(paths.values()))[0]
+
+    def draw(figure: Figure, level: float) -> str:
+        plane, beside = figure.subplots(1, 2, width_ratios=[1.4, 1])
+        found = {name: at_level(path, level) - first[1] for name, path in paths.items()}
+        for (name, path), colour in zip(paths.items(), plots.PALETTE, strict=False):
+            plane.plot(*zip(*path, strict=True), color=colour, marker="o", label=name)
+        plane.axvline(level, color=plots.GREY, linestyle=":")
+        plane.invert_xaxis()
+        plane.set(xlabel="held-out docstrings, nats a token", ylabel="held-out code")
+        plane.set_title("from the base (left) along each run")
+        plane.legend(loc="upper left")
+        names = list(paths)
+        colours = [plots.PALETTE[k] for k in range(len(names))]
+        plots.bars(beside, names, [found[n] for n in names], colours, [f"{found[n]:+.2f}" for n in names])
+        beside.set(xlabel="nats lost on code", title=f"when docstrings are at {level:g}")
+        beside.set_xlim(0, 1.35 * max(at_level(path, levels[-1]) - first[1] for path in paths.values()))
+        words = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        return f"Where the loss on docstrings has come down to {level:g}, the loss on code has risen by: {words}."
+
+    return Explorer(
+        draw,
+        {"level": levels},
+        start={"level": levels[len(levels) // 2]},
+        labels={"level": "loss on docstrings"},
+    )
+
+
+def at_level(path: Sequence[tuple[float, float]], level: float) -> float:
+    """The second number where the first, which falls along the path, comes down to `level`: on a straight line.
+
+    Raises ValueError where the path never gets there.
+    """
+    for (x0, y0), (x1, y1) in pairwise(path):
+        if x1 <= level <= x0:
+            return y0 + (y1 - y0) * (x0 - level) / (x0 - x1)
+    reached = f"{path[0][0]:g} to {min(x for x, _ in path):g}"
+    raise ValueError(f"the path never comes to {level:g}; it goes from {reached}")
+
+
+def shared_directions(kinds: Mapping[str, Mapping]) -> Explorer:
+    """Kind of matrix and what is compared → φ(i, j) of two runs at powers of two, beside what chance gives.
+
+    kinds: as in one of the recorded `pairs`: kind → {"rows", "columns", "BA", "A", "B"}, each of the last three
+    "i,j" → φ.
+    """
+    names = [kind for kind, found in kinds.items() if "A" in found]
+
+    def draw(figure: Figure, kind: str, what: str) -> str:
+        found = kinds[kind]
+        cells = {tuple(map(int, at.split(","))): value for at, value in found[what].items()}
+        rows, columns = (sorted({at[side] for at in cells}) for side in (0, 1))
+        dimension = found["rows"] if what == "B" else found["columns"]
+        chance = {at: lowrank.chance_similarity(*at, dimension) for at in cells}
+        for axes, values, title in zip(
+            figure.subplots(1, 2, sharey=True),
+            (cells, chance),
+            (f"{kind}, {what}: φ(i, j)", f"chance, max(i, j) / {dimension}"),
+            strict=True,
+        ):
+            grid = [[values[i, j] for j in columns] for i in rows]
+            plots.level_grid(axes, grid, rows, columns, title=title, xlabel="j")
+        figure.axes[0].set_ylabel("i")
+        i, j = rows[-1], rows[-1]
+        far = columns[-1]
+        return (
+            f"{kind}, {what}: φ({i}, {j}) = {cells[i, j]:.2f} where chance gives {chance[i, j]:.2f}, "
+            f"and φ({i}, {far}) = {cells[i, far]:.2f} where chance gives {chance[i, far]:.2f}."
+        )
+
+    return Explorer(
+        draw,
+        {"kind": names, "what": ["BA", "A", "B"]},
+        start={"kind": names[0], "what": "BA"},
+        labels={"kind": "matrix", "what": "compared"},
+        size=(7.2, 2.4),
+    )
