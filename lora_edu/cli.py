@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def is_there(module: str) -> bool:
     """Whether a module of ours exists, found by its file: `find_spec` would import the package above it."""
-    return Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py").is_file()
+    place = Path(__file__).parents[1].joinpath(*module.split("."))
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
 
 
 def make_printable() -> None:

@@ -355,6 +355,20 @@ def denoising_threshold(rows: int, columns: int, sigma: float = 1.0) -> float:
     )
 
 
+def rounding_step(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of a floating-point format, at the size of each value.
+
+    2^⌊log₂|w|⌋ · ε, and no less than the format's smallest number. A rounding is off by up to half of it, and
+    by step/√12 on average (root mean square). `values` in float32 or float64; so is the result.
+    """
+    information = torch.finfo(dtype)
+    integer, exponent_bits = (
+        (torch.int64, 0x7FF0_0000_0000_0000) if values.dtype == torch.float64 else (torch.int32, 0x7F80_0000)
+    )
+    power = values.contiguous().view(integer).bitwise_and(exponent_bits).view(values.dtype)
+    return power.clamp_(min=information.smallest_normal).mul_(information.eps)
+
+
 def rounding_floor(weight: Tensor, dtype: torch.dtype, roundings: int = 2, seed: int = 0) -> Tensor:
     """Singular values, largest first, of the noise that storing weights in `dtype` puts into ΔW = W_f − W_o.
 
@@ -369,13 +383,9 @@ def rounding_floor(weight: Tensor, dtype: torch.dtype, roundings: int = 2, seed:
         raise ValueError(f"dtype must be a floating-point format such as torch.bfloat16; got {dtype}")
     if operator.index(roundings) < 1:
         raise ValueError(f"roundings must be 1 (one checkpoint was rounded) or 2 (both); got {roundings}")
-    information = torch.finfo(dtype)
-    if weight.abs().max() > information.max:
-        raise ValueError(f"weight must stay within ±{information.max:g} to be stored in {dtype}")
-    exponent = torch.frexp(weight).exponent.to(weight.dtype)
-    smallest = information.smallest_normal * information.eps
-    step = (torch.exp2(exponent - 1) * information.eps).clamp(min=smallest)
-    step = torch.where(weight == 0, smallest, step)
+    if weight.abs().max() > torch.finfo(dtype).max:
+        raise ValueError(f"weight must stay within ±{torch.finfo(dtype).max:g} to be stored in {dtype}")
+    step = rounding_step(weight, dtype)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.zeros(weight.shape)
     for _ in range(roundings):

@@ -1,0 +1,110 @@
+"""`lora-edu delta BEFORE AFTER`: how large a fine-tune's ΔW is, of which rank, and what of it is only rounding.
+
+The command line alone: what is read is in files.py, the figures in measure.py, what is shown in report.py.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lora_edu.delta.compare import Comparison, compare
+from lora_edu.delta.files import CheckpointError, open_checkpoint, printable
+from lora_edu.delta.measure import Figures
+from lora_edu.lora.peft_format import AdapterError
+from lora_edu.paths import write_atomically
+
+__all__ = ["CheckpointError", "Comparison", "Figures", "compare", "main", "open_checkpoint"]
+
+BAD_INPUT = 2  # exit status: a file that can't be read, or nothing to compare
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the tables, write what was asked for; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (CheckpointError, AdapterError, OSError) as error:
+        print(f"lora-edu delta: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _run(options: argparse.Namespace) -> int:
+    for path in (options.json, options.plot):
+        _check_output(path, options)
+    hidden = options.quiet or not sys.stderr.isatty()
+
+    def progress(names: list) -> tqdm:
+        return tqdm(names, unit="tensor", leave=False, disable=hidden, file=sys.stderr)
+
+    found = compare(options.before, options.after, options.before_exact, progress)
+    if not found.figures and not found.not_measured and not found.shapes_differ:
+        raise CheckpointError(
+            "BEFORE and AFTER have no tensor's name in common: are they versions of one model? "
+            f"{_first(found.only_before, 'BEFORE')}, {_first(found.only_after, 'AFTER')}"
+        )
+    from lora_edu.delta import report  # matplotlib, not needed for what can't be read
+
+    made = json.dumps(report.record(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if options.json and options.json != "-":
+        write_atomically(Path(options.json), made.encode("utf-8"))
+    if options.plot:
+        write_atomically(Path(options.plot), report.picture(found))
+    print(
+        made if options.json == "-" else report.text(found, report.terminal_width(sys.stdout)),
+        end="",
+        flush=True,
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lora-edu delta",
+        description="The difference ΔW between two checkpoints, matrix by matrix: its size, its ranks, and which of "
+        "these figures the rounding of the files could have made. Nothing is fetched and nothing in a file is run.",
+    )
+    parser.add_argument(
+        "before", metavar="BEFORE", help="a safetensors file, or a model's folder (shards too)"
+    )
+    parser.add_argument("after", metavar="AFTER", help="the same after tuning, or an adapter's folder (PEFT)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write every figure as JSON; - prints it in place of the tables"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw size and rank of ΔW by kind of matrix, as PNG")
+    parser.add_argument(
+        "--before-exact",
+        action="store_true",
+        help="tuning started from BEFORE just as it is stored: count AFTER's rounding alone",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _check_output(name: str | None, options: argparse.Namespace) -> None:
+    """Before an hour of work: the folder is there, and the file is none of those that are read."""
+    if name is None or name == "-":
+        return
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        raise CheckpointError(
+            f"{name} can't be written: {'it is a folder' if path.is_dir() else 'no such folder'}"
+        )
+    for read in map(Path, (options.before, options.after)):
+        if path.exists() and any(other.exists() and path.samefile(other) for other in (read, *_files(read))):
+            raise CheckpointError(f"{name} is read, so it is not written over: give another name")
+
+
+def _files(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _first(names: list[str], title: str) -> str:
+    return f"{title} has {printable(names[0])}" if names else f"{title} has none"

@@ -1,0 +1,347 @@
+"""The figures of one ΔW = after − before, and which of them rounding could have made. No files' names, no printing.
+
+A pair is read twice, a few rows at a time: once for norms and the rounding floor, once for ΔW itself in float32.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_edu import lowrank
+from lora_edu.delta.files import BLOCK, FORMATS, Stored, blocks
+from lora_edu.lora.peft_format import Factors
+
+ALLOWANCE = 1.05  # the largest singular value of a draw of noise lies within 5 % of the edge
+ALONE = 4 / 3  # one rounding can be that much more than its average: what is rounded away is then ΔW itself
+CHANGE = 0.1  # a figure is marked where rounding may have changed it by more than this share
+ENTROPY_ERROR = 0.01  # what a sketch may leave uncertain of the effective rank
+RESOLUTION = 4 * torch.finfo(torch.float32).eps  # singular values below that share of σ₁ are our own rounding
+SHARES = (0.5, 0.9, 0.99)
+MARKABLE = ("relative_norm", "stable_rank", "effective_rank", "rank_50", "rank_90", "rank_99")
+
+
+class Figures(NamedTuple):
+    """What is known of one ΔW. Norms are Frobenius; None is what could not be, or was not, computed.
+
+    status: "measured", "floor" (measured; rounding alone makes as large a norm), "equal" (ΔW is 0), "not finite".
+    formats: in which the entries of before and after are precise, say "BF16 in F32" for upcast ones.
+    floor: norm of what rounding puts into ΔW; edge: the largest singular value it could have. above: how
+    many of ΔW's are larger. roundings: whose were counted, "both", "after" or "none".
+    marked: the figures that rounding may have changed by more than a tenth.
+    method: "full", "head" (a sketch that holds all but a negligible rest) or "factors" (of an adapter).
+    """
+
+    status: str
+    shape: tuple[int, ...]
+    formats: tuple[str, ...]
+    weight_norm: float | None = None
+    delta_norm: float | None = None
+    unchanged: float | None = None
+    floor: float | None = None
+    edge: float | None = None
+    roundings: str = "both"
+    above: int | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    rank_50: int | None = None
+    rank_90: int | None = None
+    rank_99: int | None = None
+    method: str | None = None
+    marked: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def relative_norm(self) -> float | None:
+        return self._relative(self.delta_norm)
+
+    @property
+    def relative_floor(self) -> float | None:
+        return self._relative(self.floor)
+
+    def _relative(self, norm: float | None) -> float | None:
+        return norm / self.weight_norm if norm is not None and self.weight_norm else None
+
+
+class Spectrum(NamedTuple):
+    """Singular values, largest first; those that are left out (of a head) have a negligible sum."""
+
+    values: Tensor
+    method: str
+
+
+# --- two tensors on disk ------------------------------------------------------------------------------------
+
+
+def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> Figures:
+    """The figures of two stored tensors of one shape; a spectrum only where they are matrices.
+
+    before_is_exact: tuning started from `before` as it is stored, so that only `after` was rounded.
+    room: bytes of memory that may be used, besides the fixed cost of a block of rows.
+    """
+    grids = [precise_format(each) for each in (before, after)]
+    formats = tuple(_called(each, grid) for each, grid in zip((before, after), grids, strict=True))
+    scan = _scan(before, after, [FORMATS[grid] for grid in grids])
+    known = Figures("measured", before.shape, formats)
+    if not math.isfinite(scan.weight + scan.delta):
+        where = [
+            f"{count} in {name}" for name, count in zip(("BEFORE", "AFTER"), scan.bad, strict=True) if count
+        ]
+        return known._replace(status="not finite", note=f"NaN or infinite: {', '.join(where) or 'its norm'}")
+    known = known._replace(
+        weight_norm=scan.weight, delta_norm=scan.delta, unchanged=1 - scan.changed / max(before.size, 1)
+    )
+    if not scan.changed:
+        return known._replace(status="equal", floor=None)
+    roundings, floor, edge = _floor(scan, before_is_exact)
+    known = known._replace(floor=floor, edge=edge, roundings=roundings)
+    marked = ("relative_norm",) if floor**2 > (1 - (1 - CHANGE) ** 2) * scan.delta**2 else ()
+    if scan.delta <= ALLOWANCE * floor:
+        known = known._replace(status="floor")
+    if len(before.shape) < 2:
+        return known._replace(marked=marked)
+    scale = 2.0 ** -math.frexp(scan.largest)[1]
+    found = _spectrum(lambda: _difference(before, after, scale), before.sides, edge * scale, room)
+    return _with_ranks(known, found, edge * scale)._replace(
+        marked=marked + _marked(found.values, edge * scale)
+    )
+
+
+def precise_format(stored: Stored) -> str:
+    """The format whose numbers the entries are: bfloat16 in a float32 file is as coarse as before it was upcast."""
+    coarser = {"F64": ("BF16", "F16", "F32"), "F32": ("BF16", "F16"), "F16": ("BF16",), "BF16": ()}
+    left = {format: _spare_bits(stored.format) - _spare_bits(format) for format in coarser[stored.format]}
+    if stored.size == 0 or not left:
+        return stored.format
+    integer = {"F64": torch.int64, "F32": torch.int32, "F16": torch.int16}[stored.format]
+    normal = torch.finfo(FORMATS[stored.format]).smallest_normal
+    for _, (block,) in blocks(stored):
+        bits = block.view(integer)
+        for format, width in list(left.items()):
+            # numbers below the normal ones have fewer bits anyway
+            if ((bits & (2**width - 1) != 0) & (block.abs() >= normal)).any():
+                del left[format]
+        if not left:
+            return stored.format
+    return next(iter(left))
+
+
+def _spare_bits(format: str) -> int:
+    """Bits of the fraction: 7 of bfloat16, 10 of float16, 23 of float32, 52 of float64."""
+    return round(-math.log2(torch.finfo(FORMATS[format]).eps))
+
+
+def _called(stored: Stored, grid: str) -> str:
+    return grid if grid == stored.format else f"{grid} in {stored.format}"
+
+
+class _Scan(NamedTuple):
+    """Norms, and of each file the sums of squared steps of its format along rows and columns (the largest)."""
+
+    weight: float
+    delta: float
+    largest: float
+    changed: int
+    bad: tuple[int, int]
+    steps: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _scan(before: Stored, after: Stored, grids: list[torch.dtype]) -> _Scan:
+    rows, columns = before.sides
+    dtype = _common(before, after)
+    weight = delta = largest = 0.0
+    changed, bad = 0, [0, 0]
+    by_row = [torch.zeros(rows, dtype=torch.float64) for _ in grids]
+    by_column = [torch.zeros(columns, dtype=torch.float64) for _ in grids]
+    for which, pair in blocks(before, after):
+        old, new = (each.to(dtype) for each in pair)
+        difference = new - old
+        weight += _squared(old)
+        delta += _squared(difference)
+        changed += int(difference.count_nonzero())
+        largest = max(largest, float(difference.abs().max()) if difference.numel() else 0.0)
+        for index, (block, grid) in enumerate(zip((old, new), grids, strict=True)):
+            if not math.isfinite(delta):
+                bad[index] += block.numel() - int(block.isfinite().sum())
+            squares = lowrank.rounding_step(block, grid).double().square_()
+            by_row[index][which] += squares.sum(1)
+            by_column[index] += squares.sum(0)
+    return _Scan(
+        math.sqrt(weight),
+        math.sqrt(delta),
+        largest,
+        changed,
+        tuple(bad),
+        tuple(zip(by_row, by_column, strict=True)),
+    )
+
+
+def _common(before: Stored, after: Stored) -> torch.dtype:
+    return torch.float64 if "F64" in (before.format, after.format) else torch.float32
+
+
+def _squared(block: Tensor) -> float:
+    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+
+
+def _difference(before: Stored, after: Stored, scale: float) -> Tensor:
+    """scale · ΔW in float32. The scale brings its entries to size 1, so that no square is too large or small."""
+    dtype = _common(before, after)
+    delta = torch.empty(before.sides, dtype=torch.float32)
+    for which, (old, new) in blocks(before, after):
+        difference = new.to(dtype) - old.to(dtype)
+        delta[which] = difference * scale if scale < 2.0**100 else difference.double() * scale
+    return delta
+
+
+# --- what rounding could have made --------------------------------------------------------------------------
+
+
+def _floor(scan: _Scan, before_is_exact: bool) -> tuple[str, float, float]:
+    """(whose roundings, norm of what they put into ΔW, its largest singular value).
+
+    A rounding is off by step/√12 in the mean square, each entry by itself. The norm adds these up. The largest
+    singular value of independent noise whose size differs from entry to entry is at most about that of the
+    noisiest row plus that of the noisiest column (Bandeira & van Handel 2016, theorem 1.1), which is
+    σ(√m + √n) where all are alike, and never above twice the truth.
+    Both files are counted, since nobody can see whether tuning started from BEFORE as it is stored. If it did,
+    that is too much by √2 at most, which makes up for the worst case of one rounding (4/3).
+    But where AFTER is stored far more finely, BEFORE's rounding would be in ΔW in full: ΔW below it shows that
+    it is not.
+    """
+    (old_rows, old_columns), (new_rows, new_columns) = scan.steps
+    alone, other = (math.sqrt(float(rows.sum()) / 12) for rows in (old_rows, new_rows))
+    if before_is_exact or (other < alone / 8 and scan.delta < 0.9 * alone):
+        rows, columns, factor, whose = new_rows, new_columns, ALONE, "after"
+    else:
+        rows, columns, factor, whose = old_rows + new_rows, old_columns + new_columns, 1.0, "both"
+    floor = factor * math.sqrt(float(rows.sum()) / 12)
+    edge = factor * (math.sqrt(float(rows.max()) / 12) + math.sqrt(float(columns.max()) / 12))
+    return whose, floor, ALLOWANCE * edge
+
+
+def _above(values: Tensor, edge: float) -> int:
+    return int((values > max(edge, RESOLUTION * float(values[0]))).sum())
+
+
+def _ranks(values: Tensor) -> dict[str, float]:
+    ranks = {f"rank_{round(100 * share)}": lowrank.rank_for_energy(values, share) for share in SHARES}
+    return {
+        "stable_rank": lowrank.stable_rank(values),
+        "effective_rank": lowrank.effective_rank(values),
+    } | ranks
+
+
+def _with_ranks(known: Figures, found: Spectrum, edge: float) -> Figures:
+    return known._replace(**_ranks(found.values), above=_above(found.values, edge), method=found.method)
+
+
+def _marked(values: Tensor, edge: float) -> tuple[str, ...]:
+    """The figures that change by more than a tenth (a rank: and by more than 1) without what is below the edge."""
+    count = _above(values, edge)
+    if not count:
+        return MARKABLE[1:]
+    with_all, without = _ranks(values), _ranks(values[:count])
+    least = {name: 1 if name.startswith("rank_") else 0 for name in with_all}
+    return tuple(
+        name
+        for name, value in with_all.items()
+        if abs(value - without[name]) > max(CHANGE * value, least[name])
+    )
+
+
+# --- spectra ------------------------------------------------------------------------------------------------
+
+
+def _spectrum(build: Callable[[], Tensor], sides: tuple[int, int], edge: float, room: int) -> Spectrum:
+    """Singular values of the float32 matrix that `build` makes: the head alone where the rest is negligible.
+
+    Else the whole: from the float64 Gram matrix of the smaller side (half the time of an SVD, and exact to
+    10⁻⁸ σ₁), or, where its two copies would not fit into `room`, by a float32 SVD without vectors.
+    """
+    delta = build()
+    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    head = _head(tall, edge)
+    if head is not None:
+        return Spectrum(head, "head")
+    smaller = min(sides)
+    if 16 * smaller**2 > room or 4 * math.prod(sides) + 8 * smaller**2 > room:
+        return Spectrum(torch.linalg.svdvals(delta).double(), "full")
+    gram = _gram(tall)
+    del delta, tall  # the eigenvalue routine needs a copy of the Gram matrix
+    return Spectrum(torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt_().flip(0), "full")
+
+
+def _gram(tall: Tensor) -> Tensor:
+    """Lower triangle of AᵀA in float64 (what `eigvalsh` reads), summed over a few rows of A at a time."""
+    rows, columns = tall.shape
+    gram = torch.zeros(columns, columns, dtype=torch.float64)
+    step, wide = max(64, BLOCK // columns), max(64, -(-columns // 8))
+    for first in range(0, rows, step):
+        block = tall[first : first + step].double()
+        for left in range(0, columns, wide):
+            right = left + wide
+            gram[left:right, :right].addmm_(block[:, left:right].T, block[:, :right])
+    return gram
+
+
+def _head(tall: Tensor, edge: float, most: int = 272, probes: int = 8) -> Tensor | None:
+    """The leading singular values from one random sketch (Halko, Martinsson & Tropp 2011), or None.
+
+    The sketch is an eighth of the smaller side wide, so that trying costs little. Fresh random vectors tell the
+    norm τ of what it misses. Only if no figure depends on that is it taken: by Mirsky's theorem all singular
+    values together are off by at most √n τ, which bounds the effective rank (Fannes & Audenaert).
+    """
+    columns = tall.shape[1]
+    width = min(most, columns // 8)
+    if width < 4:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(columns, width, generator=generator)
+    total = math.sqrt(sum(_squared(part) for part in tall.split(max(1, BLOCK // columns))))
+    Q = torch.linalg.qr(tall @ directions).Q
+    images = tall @ torch.randn(columns, probes, generator=generator)
+    images -= Q @ (Q.T @ images)
+    # √2: a mean over 8 vectors is hardly ever half of what it estimates
+    missing = math.sqrt(2 * _squared(images) / probes)
+    if missing > 1e-3 * total:
+        return None
+    values = torch.linalg.svdvals(Q.T @ tall).double()
+    share = math.sqrt(columns) * missing / float(values.sum())
+    if share <= 0:
+        return values
+    uncertain = share * math.log(columns) - share * math.log(min(share, 1 / math.e))
+    hides = float(values[width // 2]) > 0.8 * edge  # singular values above the edge may lie past the sketch
+    return None if hides or uncertain > math.log1p(ENTROPY_ERROR) else values
+
+
+# --- adapters -----------------------------------------------------------------------------------------------
+
+
+def measure_adapter(base: Stored, factors: Factors) -> Figures:
+    """The figures of an adapter's ΔW = s · BA, from its factors: ΔW itself is never made.
+
+    An adapter holds ΔW and not a rounded sum with W: there is no rounding floor, and nothing is marked.
+    """
+    known = Figures(
+        "measured", base.shape, (base.format, _name(factors.lora_A.dtype)), roundings="none", method="factors"
+    )
+    weight = math.sqrt(sum(_squared(block) for _, (block,) in blocks(base)))
+    # A is (r, n) and B (m, r) in a linear layer, A (V, r) and B (d, r) in an embedding
+    left = factors.lora_A if factors.embedding else factors.lora_B
+    right = factors.lora_B if factors.embedding else factors.lora_A.T
+    R_left, R_right = (torch.linalg.qr(each.double(), mode="r").R for each in (left, right))
+    values = torch.linalg.svdvals(factors.scaling * R_left @ R_right.T)
+    norm = float(torch.linalg.vector_norm(values))
+    if not math.isfinite(weight + norm):
+        return known._replace(status="not finite", note="NaN or infinite entries in BEFORE")
+    known = known._replace(weight_norm=weight, delta_norm=norm)
+    if not norm:
+        return known._replace(status="equal")
+    return known._replace(**_ranks(values))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, each in FORMATS.items() if each == dtype)

@@ -1,0 +1,241 @@
+"""What `lora-edu delta` shows: the tables, the words under them, the JSON record and the figure."""
+
+import os
+import statistics
+from collections.abc import Iterator
+
+from lora_edu import plots
+from lora_edu.delta.compare import Comparison, by_kind, kind, together
+from lora_edu.delta.files import printable
+from lora_edu.delta.measure import MARKABLE, Figures
+
+RANKS = ("rank_50", "rank_90", "rank_99")
+COLUMNS = (  # heading, width
+    ("shape", 12),
+    ("‖ΔW‖/‖W‖", 11),
+    ("floor", 9),
+    ("stable", 8),
+    ("effect.", 8),
+    ("50 %", 6),
+    ("90 %", 6),
+    ("99 %", 6),
+    ("above", 6),
+)
+LEAST_NAME = 20
+STATES = {"floor": "floor", "equal": "equal", "not finite": "NaN/Inf"}
+MEANING = {
+    "columns": "stable, effect.: stable rank (‖ΔW‖²/σ₁²) and effective rank (exp of the entropy of σ/Σσ) of ΔW; "
+    "50, 90, 99 %: rank that holds\nso much of ‖ΔW‖²; floor: the norm, over ‖W‖, of what rounding puts into ΔW; "
+    "above: how many singular values are larger than\nany that rounding could have made.",
+    "*": "* Rounding may have changed this figure by more than a tenth: it includes singular values that rounding "
+    "alone could have made.",
+    "floor": "floor: ΔW is at or below the rounding floor. Rounding alone makes as large a difference, and the ranks in "
+    "this row are those\nof rounding noise, which has full rank; only what is counted under 'above' is not.",
+    "equal": "equal: the same in both, ΔW = 0.",
+    "not finite": "NaN/Inf: has entries that are not finite; nothing else is said of it.",
+    "after": "Only AFTER's rounding was counted where the record says so: ΔW is smaller than BEFORE's own rounding "
+    "would have made it.",
+    "none": "An adapter holds ΔW itself and not a rounded sum, so there is no rounding floor.",
+}
+
+
+def text(found: Comparison, width: int | None) -> str:
+    """Both tables and what they need in words; names are cut to fit `width` columns, None: never."""
+    lines = []
+    matrices = {name: each for name, each in found.figures.items() if len(each.shape) >= 2}
+    vectors = {name: each for name, each in found.figures.items() if len(each.shape) < 2}
+    if matrices:
+        lines += _table(
+            "matrix", {name.removesuffix(".weight"): _cells(each) for name, each in matrices.items()}, width
+        )
+        lines += ["", "By kind (medians; the norm and the floor: of all taken together)", ""]
+        kinds = by_kind(found.figures)
+        lines += _table("kind", {f"{name} ({len(of)})": _kind_cells(of) for name, of in kinds.items()}, width)
+        lines += ["", *_words(matrices)]
+    lines += _vectors(vectors)
+    lines += _listed(found)
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, rows: dict[str, list[str]], width: int | None) -> Iterator[str]:
+    """A line for each row: the name, then the cells under COLUMNS' headings."""
+    rest = sum(wide for _, wide in COLUMNS) + 9
+    longest = max(len(title), *(len(printable(name)) for name in rows))
+    room = longest if width is None else max(LEAST_NAME, min(longest, width - rest))
+    yield f"{title:{room}}" + "".join(f"{name:>{wide}}" for name, wide in COLUMNS)
+    for name, cells in rows.items():
+        line = "".join(f"{cell:>{wide}}" for cell, (_, wide) in zip(cells, COLUMNS, strict=False))
+        yield f"{_shortened(printable(name), room):{room}}{line} {' '.join(cells[len(COLUMNS) :])}".rstrip()
+
+
+def _shortened(name: str, room: int) -> str:
+    """The end of a name says more than its start: model.layers.3.self_attn.q_proj → …3.self_attn.q_proj."""
+    return name if len(name) <= room else "…" + name[len(name) - room + 1 :]
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _number(value: float | None, mark: bool = False) -> str:
+    """Three digits, with a star or a space behind it, so that digits stand under digits."""
+    if value is None:
+        return "- "
+    shown = f"{value:.3g}" if value < 1000 and not isinstance(value, int) else f"{value:.0f}"
+    return shown + ("*" if mark else " ")
+
+
+def _cells(figures: Figures) -> list[str]:
+    marked = {name: _number(getattr(figures, name), name in figures.marked) for name in MARKABLE}
+    norm = marked.pop("relative_norm")
+    return [
+        _shape(figures.shape),
+        norm,
+        _number(figures.relative_floor),
+        *marked.values(),
+        _number(figures.above),
+        STATES.get(figures.status, ""),
+    ]
+
+
+def _kind_cells(figures: list[Figures]) -> list[str]:
+    """A median is marked where half of its values are."""
+    norm, floor = together(figures)
+    shapes = {_shape(each.shape) for each in figures}
+    half = len(figures) / 2
+    cells = [shapes.pop() if len(shapes) == 1 else "various"]
+    cells.append(_number(norm, sum("relative_norm" in each.marked for each in figures) >= half))
+    cells.append(_number(floor if any(each.floor is not None for each in figures) else None))
+    for name in (*MARKABLE[1:], "above"):
+        values = [getattr(each, name) for each in figures if getattr(each, name) is not None]
+        value = statistics.median(values) if values else None
+        value = round(value) if value is not None and name.startswith(("rank_", "above")) else value
+        cells.append(_number(value, sum(name in each.marked for each in figures) >= half))
+    states = [STATES[each.status] for each in figures if each.status in STATES]
+    cells.append(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
+    return cells
+
+
+def _words(matrices: dict[str, Figures]) -> Iterator[str]:
+    """Only what the table shows is explained."""
+    shown = {each.status for each in matrices.values()} | {each.roundings for each in matrices.values()}
+    yield MEANING["columns"]
+    if any(each.marked for each in matrices.values()):
+        yield MEANING["*"]
+    for state in ("floor", "equal", "not finite", "after", "none"):
+        if state in shown:
+            yield MEANING[state]
+    for name, each in matrices.items():
+        if each.note:
+            yield f"{printable(name)}: {each.note}"
+    formats = {each for of in matrices.values() for each in of.formats if " in " in each}
+    for each in sorted(formats):
+        inner, _, outer = each.partition(" in ")
+        yield f"Some tensors in {outer} hold {inner} numbers only; their rounding was counted as {inner}'s."
+    if any(len(each.shape) > 2 for each in matrices.values()):
+        yield "Tensors with more than two axes are read as matrices: the first axis by all the others."
+
+
+def _vectors(vectors: dict[str, Figures]) -> Iterator[str]:
+    """Vectors have no spectrum; their norms alone, a line for each kind."""
+    kinds: dict[str, list[Figures]] = {}
+    for name, each in vectors.items():
+        kinds.setdefault(kind(name), []).append(each)
+    if kinds:
+        yield from ("", "Vectors (biases, norms): ‖ΔW‖/‖W‖, all of a kind taken together; rounding floor", "")
+    for name, of in kinds.items():
+        norm, floor = together(of)
+        states = [STATES[each.status] for each in of if each.status in STATES]
+        state = ", ".join(f"{states.count(each)} {each}" for each in dict.fromkeys(states))
+        yield f"{printable(name)} ({len(of)})  {_number(norm)} {_number(floor)} {state}".rstrip()
+
+
+def _listed(found: Comparison) -> Iterator[str]:
+    yield from ([""] if found.notes else [])
+    yield from found.notes
+    for title, names in (("Only in BEFORE", found.only_before), ("Only in AFTER", found.only_after)):
+        if names:
+            yield from ("", f"{title} ({len(names)}), not compared:")
+            yield from (f"  {printable(name)}" for name in names)
+    for title, reasons in (("Shapes differ", found.shapes_differ), ("Not measured", found.not_measured)):
+        if reasons:
+            yield from ("", f"{title} ({len(reasons)}):")
+            yield from (f"  {printable(name)}: {why}" for name, why in reasons.items())
+
+
+def record(found: Comparison) -> dict:
+    """Everything as JSON: numbers are numbers, null is what could not be computed."""
+
+    def one(name: str, each: Figures) -> dict:
+        fields = each._asdict() | {"shape": list(each.shape), "formats": list(each.formats)}
+        more = {"relative_norm": each.relative_norm, "relative_floor": each.relative_floor}
+        return {"name": name, "kind": kind(name)} | fields | more | {"marked": list(each.marked)}
+
+    rows = [one(name, each) for name, each in found.figures.items()]
+    kinds = []
+    for name, of in by_kind(found.figures).items():
+        norm, floor = together(of)
+        medians = {}
+        for field in (*MARKABLE[1:], "above"):
+            values = [getattr(each, field) for each in of if getattr(each, field) is not None]
+            medians[field] = statistics.median(values) if values else None
+        at_floor = sum(each.status == "floor" for each in of)
+        kinds.append(
+            {"kind": name, "matrices": len(of), "relative_norm": norm, "relative_floor": floor}
+            | {"at_floor": at_floor, "medians": medians}
+        )
+    return {
+        "made_by": "lora-edu delta",
+        "before": found.before,
+        "after": found.after,
+        "matrices": [row for row in rows if len(row["shape"]) >= 2],
+        "vectors": [row for row in rows if len(row["shape"]) < 2],
+        "kinds": kinds,
+        "only_in_before": found.only_before,
+        "only_in_after": found.only_after,
+        "shapes_differ": found.shapes_differ,
+        "not_measured": found.not_measured,
+        "notes": found.notes,
+        "meaning": {name: " ".join(words.split()) for name, words in MEANING.items()},
+    }
+
+
+@plots.style()
+def picture(found: Comparison) -> bytes:
+    """PNG: by kind, size of ΔW beside the rounding floor, and the share of the full rank that 90 % takes."""
+    kinds = {name: [each for each in of if each.relative_norm] for name, of in by_kind(found.figures).items()}
+    kinds = {name: of for name, of in kinds.items() if of}
+    height = min(1.3 + 0.24 * max(len(kinds), 3), 30)
+    figure, (size, rank) = plots.subplots(1, 2, size=(7.2, height), sharey=True)
+    for row, of in enumerate(kinds.values()):
+        for each in of:
+            noisy = each.status == "floor"
+            look = {"color": plots.BLUE, "markerfacecolor": "none" if noisy else plots.BLUE, "markersize": 4}
+            size.plot(each.relative_norm, row, "o", **look)
+            if each.floor:
+                size.plot(each.relative_floor, row, "|", color=plots.VERMILION, markersize=10)
+            if each.rank_90:
+                smaller = min(each.shape[0], each.shape[1]) if len(each.shape) == 2 else each.shape[0]
+                noisy = "rank_90" in each.marked
+                look["markerfacecolor"] = "none" if noisy else plots.BLUE
+                rank.plot(each.rank_90 / smaller, row, "o", **look)
+    names = [_shortened(printable(name), 30) for name in kinds]
+    size.set(xscale="log", xlabel="‖ΔW‖ / ‖W‖", title="Size of ΔW")
+    size.set_yticks(range(len(names)), names)
+    size.set_ylim(len(names) - 0.5, -0.5)
+    rank.set(xlim=(0, 1.03), xlabel="share of the full rank", title="Rank for 90 % of the energy")
+    handles = [
+        size.plot([], [], "o", color=plots.BLUE, markersize=4, label="a matrix")[0],
+        size.plot([], [], "o", color=plots.BLUE, markerfacecolor="none", label="could be rounding")[0],
+        size.plot([], [], "|", color=plots.VERMILION, markersize=10, label="rounding floor")[0],
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return plots.to_png(figure)
+
+
+def terminal_width(stream) -> int | None:
+    """Columns to keep to; None for a file or a pipe, which take lines of any length."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else None
+    except (OSError, ValueError, AttributeError):
+        return None
