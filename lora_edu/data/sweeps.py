@@ -288,12 +288,13 @@ LORA_RATES = {
 SEEDS = (0, 1, 2)
 SHORT = 100  # steps of the runs that compare settings with one another
 # Subspaces: numbers trained, and the rate as c √(D / d): P's entries are √(d / D), so c is how far Adam moves a weight.
+# Both c are tried where d₉₀ may lie, the first alone below; the minimum is flat (twice or half changes little).
 SIZES = {"all": 2_728_000, "blocks": 727_800}
 DIMENSIONS = {
     "all": (100, 1_000, 10_000, 100_000, 1_000_000),
     "blocks": (1_000, 10_000, 100_000, SIZES["blocks"]),
 }
-WEIGHT_RATES = (1e-3, 3e-3)
+WEIGHT_RATES = (3e-3, 6e-3)
 FROZEN_RATE = 1.2e-2
 BUDGET = {  # some 80 000 parameters each
     "embedding": 8,
@@ -360,9 +361,9 @@ def subspaces() -> list[dict]:
         )
         for scope, dimensions in DIMENSIONS.items()
         for d in dimensions
-        for c in WEIGHT_RATES
+        for c in WEIGHT_RATES[: 2 if d >= SIZES[scope] / 30 else 1]
     ]
-    frozen = [(1, "all"), (8, "all"), (64, "all"), (1, "blocks"), (8, "blocks")]
+    frozen = [(1, "all"), (8, "all"), (64, "all"), (8, "blocks")]
     return random + [run_of(method="frozen A", rank=r, targets=t, rate=FROZEN_RATE) for r, t in frozen]
 
 
@@ -397,8 +398,11 @@ def targets() -> list[dict]:
 
 def scarce(rows: Iterable[Mapping]) -> list[dict]:
     """Little text: full tuning and LoRA, stopped early, at the rate tuned on plenty of it and at a third of that."""
-    full = best(rows, method="full", text="reference", steps=STEPS, seed=0)["rate"]
-    methods = [({"method": "full"}, full), *(({"rank": r}, rate_for(rows, r)) for r in (1, 8))]
+    full = best(rows, method="full", text="reference", steps=STEPS, seed=0)
+    methods = [
+        ({"method": "full", "embedding": full["embedding"]}, full["rate"]),
+        *(({"rank": r}, rate_for(rows, r)) for r in (1, 8)),
+    ]
     return [
         run_of(text=text, rate=float(f"{rate * factor:.3g}"), steps=150, patience=2, **settings)
         for text in SCARCE

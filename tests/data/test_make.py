@@ -50,3 +50,36 @@ def test_the_shipped_updates_start_from_the_base_as_shipped():
     table = shipped.manifest()["stages"]["losses"]["nats a token, bits a byte"]["reference"]
     for seed in (0, 1):
         assert table[f"reference_seed_{seed}"][0] < table["base"][0] - 1
+
+
+@pytest.mark.slow
+def test_a_stage_of_the_sweeps_adds_its_rows_and_an_adapter_is_made_of_one(tmp_path, monkeypatch):
+    from lora_edu.data import sweeps
+    from lora_edu.lora import load_adapter, lora_layers
+    from lora_edu.tinylm import TinyLM
+
+    run = sweeps.run_of(rank=2, rate=1e-2, targets="mlp", text="manual", steps=3)
+    monkeypatch.setitem(sweeps.STAGES, "short", lambda rows: [run])
+    maker = make.Maker(tmp_path / "data", tmp_path / "work")
+    assert maker.sweep("short") == {"runs": 1, "failed": 0}
+    maker.write_sweeps({"base": {"manual": {"test": 6.0}}})
+    [row] = maker.rows()
+    assert row["steps"] == 3 and row["test"] < 7
+    entry = json.loads((maker.out / "MANIFEST.json").read_text(encoding="utf-8"))["files"]["sweeps.json"]
+    assert entry["sha256"] == hashlib.sha256((maker.out / "sweeps.json").read_bytes()).hexdigest()
+
+    monkeypatch.setattr(make, "ADAPTERS", {"some": (2, 0)})
+    monkeypatch.setattr(sweeps, "rate_for", lambda rows, rank: 1e-2)
+    monkeypatch.setattr(
+        sweeps, "SETTINGS", sweeps.SETTINGS | {"targets": "mlp", "text": "manual", "steps": 3}
+    )
+    monkeypatch.setattr(sweeps, "name_of", lambda run: row["name"])
+    maker.adapters()
+    base = shipped.load_checkpoint("base")
+    model = load_adapter(TinyLM.from_state_dict(base), maker.out / "adapters" / "some")
+    trained, _ = sweeps.train(run)
+    for name, layer in lora_layers(trained).items():
+        mine = lora_layers(model)[name]
+        assert (
+            torch.allclose(mine.delta_weight(), layer.delta_weight(), atol=1e-4) and layer.lora_B.norm() > 0
+        )
