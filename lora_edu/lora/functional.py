@@ -3,10 +3,16 @@
 Not for state: the layers that hold the weights are in layers.py.
 """
 
+import importlib.util
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TRITON = importlib.util.find_spec("triton") is not None  # wheels for Linux only; importing it takes its time
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then its kernels run on a CPU, slowly
+TRITON_RANKS = range(1, 257)
 ROWS_AT_ONCE = 2**22  # elements of ΔW computed at a time while merging: 16 MB in float32
 
 
@@ -49,18 +55,57 @@ def lora_embedding(
 
     With the gradient G of out, row t of A receives s · Σ G B over the places where t stands (divided by their
     number with `scale_grad_by_freq`), B receives s · Gᵀ A[tokens]; the padding row of A receives nothing.
-    With
-    `sparse` A's gradient holds only the rows that were looked up, so that a step costs the same for every V.
-    `deterministic` asks for sums in a fixed order; the path below keeps one anyway.
-    Raises IndexError for a token outside 0 … V − 1 (on a CPU).
+    With `sparse` A's gradient holds only the rows that were looked up, so that a step costs the same for every V.
+
+    On CUDA, with W frozen, this is one Triton kernel forward and one backward (triton_kernels.py), where Triton
+    is installed; elsewhere PyTorch's operations give the same. `deterministic` asks the kernels for sums in a
+    fixed order, at the price of memory; PyTorch's operations below keep one anyway. The kernels' gradient can't
+    be differentiated again, and torch.compile takes them whole unless `sparse`.
+    A token outside 0 … V − 1 raises IndexError on a CPU; the kernels give it a row of NaN, and PyTorch's own
+    operations stop the program on CUDA. LoRAEmbedding checks first.
     """
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
+    if (tokens.is_cuda or INTERPRETED) and TRITON and triton_serves(tokens, weight, lora_A, lora_B):
+        from . import triton_kernels
+
+        if not sparse:
+            operation = triton_kernels.embedding_op
+        elif torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the sparse gradient of a LoRA embedding can't be compiled: no operator may return a sparse "
+                "tensor. Take sparse=False, or leave this layer out with torch.compiler.disable"
+            )
+        else:
+            operation = triton_kernels.SparseEmbedding.apply
+        padding = -1 if padding_idx is None else padding_idx
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        return operation(tokens, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq, deterministic)
     base = F.embedding(tokens, weight, padding_idx, None, 2.0, scale_grad_by_freq, sparse)
     rows = F.embedding(tokens, lora_A, None, None, 2.0, scale_grad_by_freq, sparse)
     if padding_idx is not None:  # masks the gradient too
         rows = rows.masked_fill((tokens == padding_idx).unsqueeze(-1), 0.0)
     return base.add_(F.linear(scaling * rows, lora_B))
+
+
+def triton_serves(tokens: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether the kernels can do this look-up: W frozen, rows in one piece, dtypes and a card that they know."""
+    floating = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return (
+        not (weight.requires_grad and torch.is_grad_enabled())
+        and weight.shape == (lora_A.shape[0], lora_B.shape[0])
+        and lora_A.shape[1] == lora_B.shape[1]
+        and tokens.dtype in (torch.int32, torch.int64)
+        and weight.dtype in floating
+        and lora_A.dtype in floating
+        and lora_A.dtype == lora_B.dtype
+        and lora_B.shape[1] in TRITON_RANKS
+        and tokens.device == weight.device == lora_A.device == lora_B.device
+        and weight.stride(1) == 1
+        and lora_A.stride(1) == 1
+        and all(type(each) in (Tensor, torch.nn.Parameter) for each in (weight, lora_A, lora_B))
+        and (not tokens.is_cuda or torch.cuda.get_device_properties(tokens.device).major >= 8)
+    )
 
 
 def clip_norm(rows: Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:

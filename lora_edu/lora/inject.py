@@ -25,7 +25,7 @@ def add_lora(
     dropout: float = 0.0,
     rank_stabilised: bool = False,
     sparse: bool | None = None,
-    check_tokens: bool = False,
+    check_tokens: bool = True,
     lora_dtype: torch.dtype | None = None,
     tied: str = "refuse",
 ) -> nn.Module:

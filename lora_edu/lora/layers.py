@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import clip_norm, delta, lora_embedding, lora_linear, merged_weight
+from .functional import INTERPRETED, clip_norm, delta, lora_embedding, lora_linear, merged_weight
 
 
 class MergeReport(NamedTuple):
@@ -150,8 +150,10 @@ class LoRAEmbedding(nn.Embedding):
       optimiser that takes sparse gradients: `pair_optimizers` picks them. Refused with `scale_grad_by_freq`,
       as torch has no such gradient. Not for DistributedDataParallel, which expects every parameter of a
       sparse embedding, B too, to have a sparse gradient, and says so.
-    - `check_tokens`: a token outside the vocabulary raises an IndexError that names it. Costs a pass over the
-      tokens, and on a GPU a wait, so it is off unless asked for.
+    - `check_tokens`: a token outside the vocabulary raises an IndexError that names it. On a CPU this is free,
+      as torch looks anyway. On a GPU, where it would not, it costs a pass over the tokens and a wait for the
+      result; switch it off where that matters, in a CUDA graph, and for `torch.compile(fullgraph=True)`. Such a
+      token's output is then NaN where Triton does the look-up (see `lora_embedding`).
 
     See `merge_layer` for what holds while merged.
     """
@@ -167,7 +169,7 @@ class LoRAEmbedding(nn.Embedding):
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
-        check_tokens: bool = False,
+        check_tokens: bool = True,
         rank_stabilised: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -196,7 +198,7 @@ class LoRAEmbedding(nn.Embedding):
         rank: int,
         alpha: float,
         sparse: bool | None = None,
-        check_tokens: bool = False,
+        check_tokens: bool = True,
         rank_stabilised: bool = False,
         lora_dtype: torch.dtype | None = None,
         any_rank: bool = False,
@@ -243,8 +245,17 @@ class LoRAEmbedding(nn.Embedding):
         nn.init.normal_(self.lora_B)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.check_tokens:
+        if not self.check_tokens:
+            return self._look_up(tokens)
+        if INTERPRETED or not tokens.is_cpu:
             _refuse_tokens(tokens, self.num_embeddings)
+        try:
+            return self._look_up(tokens)
+        except IndexError:  # from torch, on a CPU: it names neither the token nor the vocabulary
+            _refuse_tokens(tokens, self.num_embeddings)
+            raise
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
         if self.merged:
             _refuse_training(self)
             out = F.embedding(tokens, self.weight)
@@ -463,8 +474,8 @@ def _refuse_training(layer) -> None:
 
 
 def _refuse_tokens(tokens: Tensor, vocabulary: int) -> None:
-    if tokens.numel():
-        lowest, highest = (int(each) for each in tokens.aminmax())
+    if tokens.numel() and not tokens.is_meta:
+        lowest, highest = torch.stack(tokens.aminmax()).tolist()  # one wait, not two
         if lowest < 0 or highest >= vocabulary:
             bad = lowest if lowest < 0 else highest
             raise IndexError(

@@ -245,15 +245,25 @@ def test_max_norm_gradient():
 
 
 def test_token_checks():
-    layer = LoRAEmbedding(50, 4, 2, 4, check_tokens=True)
-    with pytest.raises(IndexError, match=r"between 0 and 49 \(vocabulary size 50\); got 50"):
-        layer(torch.tensor([[1, 50]]))
-    with pytest.raises(IndexError, match="got -3"):
-        layer(torch.tensor([-3, 60]))
-    assert layer(torch.empty(0, dtype=torch.long)).shape == (0, 4)
+    layer = LoRAEmbedding(50, 4, 2, 4)
+    for _ in range(2):  # then once more, merged
+        with pytest.raises(IndexError, match=r"between 0 and 49 \(vocabulary size 50\); got 50"):
+            layer(torch.tensor([[1, 50]]))
+        with pytest.raises(IndexError, match="got -3"):
+            layer(torch.tensor([-3, 60]))
+        assert layer(torch.empty(0, dtype=torch.long)).shape == (0, 4)
+        layer.eval().merge()
     for bad in (50, -1):  # torch's own check on a CPU: never a wrong row
         with pytest.raises(IndexError):
-            LoRAEmbedding(50, 4, 2, 4)(torch.tensor(bad))
+            LoRAEmbedding(50, 4, 2, 4, check_tokens=False)(torch.tensor(bad))
+    assert LoRAEmbedding(50, 4, 2, 4, device="meta")(torch.arange(60, device="meta")).is_meta
+
+
+def test_the_plain_path_can_be_compiled_checked_or_not():
+    for check in (True, False):
+        layer = embedding(padding_idx=3, check_tokens=check)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(torch.arange(20)), layer(torch.arange(20)))
 
 
 def test_int32_tokens():
