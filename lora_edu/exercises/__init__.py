@@ -41,6 +41,13 @@ from lora_edu.exercises.chapter_06 import (
     check_06_5,
     loralib_factors,
 )
+from lora_edu.exercises.chapter_07 import (
+    check_07_1,
+    check_07_2,
+    check_07_3,
+    check_07_4,
+    check_07_5,
+)
 
 __all__ = [
     "check_01_1",
@@ -71,6 +78,11 @@ __all__ = [
     "check_06_3",
     "check_06_4",
     "check_06_5",
+    "check_07_1",
+    "check_07_2",
+    "check_07_3",
+    "check_07_4",
+    "check_07_5",
     "hidden_matrix",
     "loralib_factors",
     "rounded_pair",
