@@ -12,17 +12,18 @@ from torch.nn.utils import parametrize
 
 
 def sparse_projection(size: int, dimension: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(places, scale) of a random P (size, dimension) with orthonormal columns and one number in each row.
+    """(dial, factor) of a random P (size, dimension) with orthonormal columns and one number in each row.
 
-    Row i of P holds ± scale[k] in column k and zeros: every parameter follows one of `dimension` dials, with a random
-    sign. places (size,) int32: k, or k + dimension where the sign is minus; scale (dimension,): 1/√n for a dial with
-    n parameters. Each dial has ⌊size/dimension⌋ parameters or one more, chosen by a random permutation, so columns
-    don't overlap, PᵀP = 1 and ‖P z‖ = ‖z‖ up to rounding, whatever z is. Four bytes a parameter.
+    Row i of P holds factor[i] in column dial[i] and zeros: every parameter follows one of `dimension` dials, with a
+    random sign. dial (size,) int32; factor (size,) float32: ± 1/√n for a dial with n parameters. Each dial has
+    ⌊size/dimension⌋ parameters or one more, chosen by a random permutation, so columns don't overlap, PᵀP = 1 and
+    ‖P z‖ = ‖z‖ up to rounding, whatever z is. Eight bytes a parameter.
 
     Li et al. use a dense, a sparse and a Fastfood P, Aghajanyan et al. Fastfood (Le et al. 2013), whose columns are
     orthonormal on average and whose cost is some D log d. One number a row costs D, and its columns are orthonormal
     exactly; this is the count sketch (Charikar et al. 2002) with dials of equal size. At dimension = size
-    P is a permutation with signs, and training z is full tuning.
+    P is a permutation with signs, and training z is full tuning. What it does worse than a dense P: two parameters
+    on one dial can never both be set at will.
 
     The random numbers are a hash of seed and i (splitmix64), so P is the same with every version and on every machine.
     """
@@ -33,33 +34,33 @@ def sparse_projection(size: int, dimension: int, seed: int = 0) -> tuple[Tensor,
     drawn = _hash(size, seed)
     dial = np.empty(size, dtype=np.int32)
     dial[np.argsort(drawn, kind="stable")] = np.arange(size) % dimension
-    minus = (drawn & np.uint64(1)).astype(np.int32)
-    counts = np.full(dimension, size // dimension) + (np.arange(dimension) < size % dimension)
-    return torch.from_numpy(dial + dimension * minus), torch.from_numpy(counts**-0.5).float()
+    on_a_dial = size // dimension + (dial < size % dimension)
+    sign = 1.0 - 2.0 * (drawn & np.uint64(1)).astype(np.float64)
+    return torch.from_numpy(dial), torch.from_numpy(sign / np.sqrt(on_a_dial)).float()
 
 
-def project(z: Tensor, places: Tensor, scale: Tensor) -> Tensor:
-    """P z: (dimension,) → (size,), or some rows of it for a slice of `places`; its gradient is Pᵀ times the other's."""
-    return _Project.apply(z, places, scale)
+def project(z: Tensor, dial: Tensor, factor: Tensor) -> Tensor:
+    """P z: (dimension,) → (size,), or some rows of it for slices of `dial` and `factor`; differentiable in z."""
+    return _Project.apply(z, dial, factor)
 
 
-def adjoint(gradient: Tensor, places: Tensor, scale: Tensor) -> Tensor:
-    """Pᵀ g: (size,) → (dimension,)."""
-    dimension = len(scale)
-    sums = gradient.new_zeros(2 * dimension).index_add_(0, places, gradient.flatten())
-    return (sums[:dimension] - sums[dimension:]).mul_(scale)
+def adjoint(gradient: Tensor, dial: Tensor, factor: Tensor, dimension: int) -> Tensor:
+    """Pᵀ g: (size,) → (dimension,). It is the gradient of z where g is that of P z."""
+    return gradient.new_zeros(dimension).index_add_(0, dial, gradient.flatten() * factor)
 
 
 class _Project(torch.autograd.Function):
+    """By hand, since autograd's own gradient of a look-up needs the dials as int64 and keeps what was looked up."""
+
     @staticmethod
-    def forward(ctx, z: Tensor, places: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(places, scale)
-        dials = z * scale
-        return torch.cat([dials, -dials]).index_select(0, places)
+    def forward(ctx, z: Tensor, dial: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(dial, factor)
+        ctx.dimension = len(z)
+        return z.index_select(0, dial) * factor
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return adjoint(gradient, *ctx.saved_tensors), None, None
+        return adjoint(gradient, *ctx.saved_tensors, ctx.dimension), None, None
 
 
 class Subspace(nn.Module):
@@ -77,16 +78,17 @@ class Subspace(nn.Module):
             for start, (name, parameter) in zip(ends, parameters.items(), strict=False)
         }
         self.size, self.dimension, self.seed = int(ends[-1]), dimension, seed
-        places, scale = sparse_projection(self.size, dimension, seed)
+        dial, factor = sparse_projection(self.size, dimension, seed)
         device = next(iter(parameters.values())).device
-        self.register_buffer("places", places.to(device), persistent=False)
-        self.register_buffer("scale", scale.to(device), persistent=False)
+        self.register_buffer("dial", dial.to(device), persistent=False)
+        self.register_buffer("factor", factor.to(device), persistent=False)
         self.z = nn.Parameter(torch.zeros(dimension, device=device))
 
     def rows(self, name: str) -> Tensor:
         """The part of P z that moves the parameter `name`, in its shape; differentiable in z."""
         start, shape = self.spans[name]
-        return project(self.z, self.places[start : start + shape.numel()], self.scale).view(shape)
+        part = slice(start, start + shape.numel())
+        return project(self.z, self.dial[part], self.factor[part]).view(shape)
 
     @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:
@@ -120,7 +122,7 @@ def subspace(
 
     The model is changed in place by `torch.nn.utils.parametrize`: wherever a layer reads its weight, it reads
     θ₀ + P z, so functions that go past `model.forward` (the loss reads `model.hidden` and `model.head.weight`)
-    work and gradients reach z by autograd alone. A step holds θ₀, θ and P (four bytes a parameter each), and one
+    work and gradients reach z by autograd alone. A step holds θ₀, θ and P (4, 4 and 8 bytes a parameter), and one
     weight's gradient at a time; no gradient or Adam state of D numbers. Each reading computes θ anew: some 1 % of a
     training step, but felt in `generate`; `remove_subspace(model, merge=True)` leaves plain weights.
 

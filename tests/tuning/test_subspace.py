@@ -28,12 +28,10 @@ def batches(seed=0):
     return Batches(TOKENS, batch=4, context=16, seed=seed)
 
 
-def dense(places, scale):
+def dense(dial, factor, dimension):
     """P as a matrix, from the definition."""
-    P = torch.zeros(len(places), len(scale))
-    for row, place in enumerate(places.tolist()):
-        column = place % len(scale)
-        P[row, column] = scale[column] * (1 if place < len(scale) else -1)
+    P = torch.zeros(len(dial), dimension)
+    P[torch.arange(len(dial)), dial.long()] = factor
     return P
 
 
@@ -41,48 +39,49 @@ def dense(places, scale):
 @settings(max_examples=40, deadline=None)
 def test_columns_are_orthonormal_and_the_adjoint_is_the_transpose(sizes, seed):
     dimension, size = sizes
-    places, scale = sparse_projection(size, dimension, seed)
-    P = dense(places, scale)
+    dial, factor = sparse_projection(size, dimension, seed)
+    P = dense(dial, factor, dimension)
     assert torch.allclose(P.T @ P, torch.eye(dimension), atol=1e-5)
     z, g = torch.randn(dimension, requires_grad=True), torch.randn(size)
-    assert torch.allclose(project(z, places, scale), P @ z, atol=1e-5)
-    assert torch.allclose(adjoint(g, places, scale), P.T @ g, atol=1e-5)
-    (gradient,) = torch.autograd.grad(project(z, places, scale) @ g, z)
-    assert torch.equal(gradient, adjoint(g, places, scale))
+    assert torch.allclose(project(z, dial, factor), P @ z, atol=1e-5)
+    assert torch.allclose(adjoint(g, dial, factor, dimension), P.T @ g, atol=1e-5)
+    (gradient,) = torch.autograd.grad(project(z, dial, factor) @ g, z)
+    assert torch.equal(gradient, adjoint(g, dial, factor, dimension))
 
 
 @pytest.mark.parametrize("dimension", [100, 1_000, 50_000, 2_728_000])
 def test_at_full_size_norms_are_kept_and_the_adjoint_is_exact(dimension):
-    places, scale = sparse_projection(2_728_000, dimension)
+    dial, factor = sparse_projection(2_728_000, dimension)
     torch.manual_seed(0)
     z, g = torch.randn(dimension, dtype=torch.float64), torch.randn(2_728_000, dtype=torch.float64)
-    moved = project(z, places, scale.double())
+    moved = project(z, dial, factor.double())
     assert moved.norm().item() == pytest.approx(z.norm().item(), rel=1e-6)
-    there, back = (moved @ g).item(), (z @ adjoint(g, places, scale.double())).item()
+    there, back = (moved @ g).item(), (z @ adjoint(g, dial, factor.double(), dimension)).item()
     assert there == pytest.approx(back, abs=1e-9 * moved.norm().item() * g.norm().item())
 
 
-def test_P_is_stored_in_four_bytes_a_parameter_whatever_the_dimension():
+def test_P_is_stored_in_eight_bytes_a_parameter_whatever_the_dimension():
     for dimension in (10, 50_000):
-        places, scale = sparse_projection(200_000, dimension)
-        assert places.element_size() * len(places) == 800_000 and len(scale) == dimension
+        dial, factor = sparse_projection(200_000, dimension)
+        assert dial.nbytes + factor.nbytes == 8 * 200_000
+        assert sorted(dial.unique().tolist()) == list(range(dimension)), "no dial stands idle"
 
 
 def test_P_is_the_same_on_every_machine_and_for_every_version():
-    places, _ = sparse_projection(100_000, 777, seed=5)
-    found = hashlib.sha256(places.numpy().astype("<i4").tobytes()).hexdigest()
-    assert found[:16] == "7ea32400bc24847f"
-    assert not torch.equal(places, sparse_projection(100_000, 777, seed=6)[0])
+    dial, factor = sparse_projection(100_000, 777, seed=5)
+    signed = dial * factor.sign().int() + factor.sign().int()  # ± (dial + 1)
+    found = hashlib.sha256(signed.numpy().astype("<i4").tobytes()).hexdigest()
+    assert found[:16] == "d5a923cd640e2bc7"
+    assert not torch.equal(dial, sparse_projection(100_000, 777, seed=6)[0])
 
 
 def test_signs_and_dials_look_random():
     """Half the signs are minus, and neighbours share a dial no more often than chance."""
     size, dimension = 200_000, 50
-    places, _ = sparse_projection(size, dimension)
-    assert abs((places >= dimension).float().mean() - 0.5) < 0.005
-    dials = places % dimension
+    dials, factor = sparse_projection(size, dimension)
+    minus = (factor < 0).float()
+    assert abs(minus.mean() - 0.5) < 0.005
     assert abs((dials[1:] == dials[:-1]).float().mean() * dimension - 1) < 0.1
-    minus = (places >= dimension).float()
     assert abs(torch.corrcoef(torch.stack([minus, dials.float()]))[0, 1]) < 0.01
     assert abs(torch.corrcoef(torch.stack([minus[1:], minus[:-1]]))[0, 1]) < 0.01
 
@@ -102,7 +101,7 @@ def test_the_gradient_of_z_is_P_transposed_times_the_full_gradient():
     next_token_loss(base, inputs, targets).backward()
     next_token_loss(model, inputs, targets).backward()
     whole = torch.cat([p.grad.flatten() for _, p in sorted(base.named_parameters())])
-    wanted = adjoint(whole, handle.places, handle.scale)
+    wanted = adjoint(whole, handle.dial, handle.factor, 50)
     assert torch.allclose(handle.z.grad, wanted, atol=1e-6) and wanted.norm() > 0.01
     originals = [p for p in model.parameters() if p is not handle.z]
     assert all(p.grad is None for p in originals), "no gradient of D numbers is kept"
@@ -135,8 +134,8 @@ def test_a_trained_update_lies_in_the_subspace_and_has_full_rank():
     assert next_token_loss(model, *batches()(0)).item() < before - 0.15
     deltas = handle.deltas()
     flat = torch.cat([delta.flatten() for delta in deltas.values()])
-    z = adjoint(flat, handle.places, handle.scale)
-    assert torch.allclose(project(z, handle.places, handle.scale), flat, atol=1e-5)
+    z = adjoint(flat, handle.dial, handle.factor, 25)
+    assert torch.allclose(project(z, handle.dial, handle.factor), flat, atol=1e-5)
     assert torch.allclose(z, handle.z.detach(), atol=1e-4) and flat.norm() > 0.5
     for name, delta in deltas.items():
         if delta.dim() == 2:
