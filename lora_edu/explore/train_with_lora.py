@@ -138,33 +138,38 @@ def at_level(path: Sequence[tuple[float, float]], level: float) -> float:
 
 
 def shared_directions(kinds: Mapping[str, Mapping]) -> Explorer:
-    """Kind of matrix and what is compared → φ(i, j) of two runs at powers of two, beside what chance gives.
+    """Kind of block matrix and what is compared → φ(i, j) of two runs at powers of two, beside chance.
 
     kinds: as in one of the recorded `pairs`: kind → {"rows", "columns", "BA", "A", "B"}, each of the last three
     "i,j" → φ.
     """
-    names = [kind for kind, found in kinds.items() if "A" in found]
+    names = [kind for kind in ("query", "value", "up", "down") if kind in kinds]
 
     def draw(figure: Figure, kind: str, what: str) -> str:
+        table, along = figure.subplots(1, 2, width_ratios=[1.5, 1])
         found = kinds[kind]
         cells = {tuple(map(int, at.split(","))): value for at, value in found[what].items()}
         rows, columns = (sorted({at[side] for at in cells}) for side in (0, 1))
         dimension = found["rows"] if what == "B" else found["columns"]
-        chance = {at: lowrank.chance_similarity(*at, dimension) for at in cells}
-        for axes, values, title in zip(
-            figure.subplots(1, 2, sharey=True),
-            (cells, chance),
-            (f"{kind}, {what}: φ(i, j)", f"chance, max(i, j) / {dimension}"),
-            strict=True,
-        ):
-            grid = [[values[i, j] for j in columns] for i in rows]
-            plots.level_grid(axes, grid, rows, columns, title=title, xlabel="j")
-        figure.axes[0].set_ylabel("i")
-        i, j = rows[-1], rows[-1]
-        far = columns[-1]
+        grid = [[cells[i, j] for j in columns] for i in rows]
+        plots.level_grid(table, grid, rows, columns, title=f"{kind}, {what}: φ(i, j)", xlabel="j", ylabel="i")
+        i, far = rows[-1], columns[-1]
+        chance = [lowrank.chance_similarity(i, j, dimension) for j in columns]
+        plots.curves(
+            along,
+            {"found": (columns, grid[-1]), f"chance, max({i}, j) / {dimension}": (columns, chance)},
+            xscale="log",
+            xlabel="j",
+            ylim=(0, 1.25),
+            yticks=[0, 0.5, 1],
+            title=f"φ({i}, j)",
+        )
+        along.legend(loc="upper left")
+        plots.plain_ticks(along.xaxis, columns)
+        same = columns.index(i)
         return (
-            f"{kind}, {what}: φ({i}, {j}) = {cells[i, j]:.2f} where chance gives {chance[i, j]:.2f}, "
-            f"and φ({i}, {far}) = {cells[i, far]:.2f} where chance gives {chance[i, far]:.2f}."
+            f"{kind}, {what}: φ({i}, {i}) = {cells[i, i]:.2f} where chance gives {chance[same]:.2f}, "
+            f"and φ({i}, {far}) = {cells[i, far]:.2f} where chance gives {chance[-1]:.2f}."
         )
 
     return Explorer(
