@@ -206,7 +206,9 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise CheckpointError(f"{name} has a header of {length} bytes; at most {LARGEST_HEADER} are read")
         file.seek(8)
         header = _json_object(file.read(length), f"the header of {name}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(each, str) for each in metadata.values()):
+        raise CheckpointError(f"the header of {name} is damaged: __metadata__ must hold texts")
     entries = [(_entry(tensor, value, name)) for tensor, value in header.items()]
     entries.sort(key=lambda entry: entry[2:])
     reached, tensors = 0, {}

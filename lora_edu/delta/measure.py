@@ -95,10 +95,11 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     )
     if not scan.changed:
         return known._replace(status="equal", floor=None)
-    roundings, floor, edge = _floor(scan, before_is_exact)
+    roundings, floor, spread, edge = _floor(scan, before_is_exact)
     known = known._replace(floor=floor, edge=edge, roundings=roundings)
-    marked = ("relative_norm",) if floor**2 > (1 - (1 - CHANGE) ** 2) * scan.delta**2 else ()
-    if scan.delta <= ALLOWANCE * floor:
+    by_chance = max((ALLOWANCE * floor) ** 2, floor**2 + 4 * spread)
+    marked = ("relative_norm",) if by_chance > (1 - (1 - CHANGE) ** 2) * scan.delta**2 else ()
+    if scan.delta**2 <= by_chance:
         known = known._replace(status="floor")
     if len(before.shape) < 2:
         return known._replace(marked=marked)
@@ -138,7 +139,7 @@ def _called(stored: Stored, grid: str) -> str:
 
 
 class _Scan(NamedTuple):
-    """Norms, and of each file the sums of squared steps of its format along rows and columns (the largest)."""
+    """Norms, and of each file the sums of its format's steps: squared, by row and by column; to the fourth, all."""
 
     weight: float
     delta: float
@@ -146,13 +147,14 @@ class _Scan(NamedTuple):
     changed: int
     bad: tuple[int, int]
     steps: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+    fourths: tuple[float, float]
 
 
 def _scan(before: Stored, after: Stored, grids: list[torch.dtype]) -> _Scan:
     rows, columns = before.sides
     dtype = _common(before, after)
     weight = delta = largest = 0.0
-    changed, bad = 0, [0, 0]
+    changed, bad, fourths = 0, [0, 0], [0.0, 0.0]
     by_row = [torch.zeros(rows, dtype=torch.float64) for _ in grids]
     by_column = [torch.zeros(columns, dtype=torch.float64) for _ in grids]
     for which, pair in blocks(before, after):
@@ -168,6 +170,7 @@ def _scan(before: Stored, after: Stored, grids: list[torch.dtype]) -> _Scan:
             squares = lowrank.rounding_step(block, grid).double().square_()
             by_row[index][which] += squares.sum(1)
             by_column[index] += squares.sum(0)
+            fourths[index] += _squared(squares)
     return _Scan(
         math.sqrt(weight),
         math.sqrt(delta),
@@ -175,6 +178,7 @@ def _scan(before: Stored, after: Stored, grids: list[torch.dtype]) -> _Scan:
         changed,
         tuple(bad),
         tuple(zip(by_row, by_column, strict=True)),
+        tuple(fourths),
     )
 
 
@@ -199,10 +203,11 @@ def _difference(before: Stored, after: Stored, scale: float) -> Tensor:
 # --- what rounding could have made --------------------------------------------------------------------------
 
 
-def _floor(scan: _Scan, before_is_exact: bool) -> tuple[str, float, float]:
-    """(whose roundings, norm of what they put into ΔW, its largest singular value).
+def _floor(scan: _Scan, before_is_exact: bool) -> tuple[str, float, float, float]:
+    """(whose roundings, norm of what they put into ΔW, standard deviation of its square, largest singular value).
 
-    A rounding is off by step/√12 in the mean square, each entry by itself. The norm adds these up. The largest
+    A rounding is off by step/√12 in the mean square, each entry by itself. The norm adds these up; its square
+    has the variance Σ step⁴/180, which counts where a few large entries make most of it. The largest
     singular value of independent noise whose size differs from entry to entry is at most about that of the
     noisiest row plus that of the noisiest column (Bandeira & van Handel 2016, theorem 1.1), which is
     σ(√m + √n) where all are alike, and never above twice the truth.
@@ -214,12 +219,14 @@ def _floor(scan: _Scan, before_is_exact: bool) -> tuple[str, float, float]:
     (old_rows, old_columns), (new_rows, new_columns) = scan.steps
     alone, other = (math.sqrt(float(rows.sum()) / 12) for rows in (old_rows, new_rows))
     if before_is_exact or (other < alone / 8 and scan.delta < 0.9 * alone):
-        rows, columns, factor, whose = new_rows, new_columns, ALONE, "after"
+        rows, columns, fourths, factor, whose = new_rows, new_columns, scan.fourths[1], ALONE, "after"
     else:
         rows, columns, factor, whose = old_rows + new_rows, old_columns + new_columns, 1.0, "both"
+        # the square of a sum varies by four times the product of the two variances as well
+        fourths = sum(scan.fourths) + 180 * 4 / 144 * math.sqrt(math.prod(scan.fourths))
     floor = factor * math.sqrt(float(rows.sum()) / 12)
     edge = factor * (math.sqrt(float(rows.max()) / 12) + math.sqrt(float(columns.max()) / 12))
-    return whose, floor, ALLOWANCE * edge
+    return whose, floor, factor**2 * math.sqrt(fourths / 180), ALLOWANCE * edge
 
 
 def _above(values: Tensor, edge: float) -> int:
@@ -313,7 +320,8 @@ def _head(tall: Tensor, edge: float, most: int = 272, probes: int = 8) -> Tensor
     if share <= 0:
         return values
     uncertain = share * math.log(columns) - share * math.log(min(share, 1 / math.e))
-    hides = float(values[width // 2]) > 0.8 * edge  # singular values above the edge may lie past the sketch
+    # above the edge in the middle of the sketch: there may be more such past it
+    hides = float(values[width // 2]) > 0.8 * max(edge, RESOLUTION * float(values[0]))
     return None if hides or uncertain > math.log1p(ENTROPY_ERROR) else values
 
 

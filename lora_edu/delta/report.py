@@ -29,8 +29,8 @@ MEANING = {
     "above: how many singular values are larger than\nany that rounding could have made.",
     "*": "* Rounding may have changed this figure by more than a tenth: it includes singular values that rounding "
     "alone could have made.",
-    "floor": "floor: ΔW is at or below the rounding floor. Rounding alone makes as large a difference, and the ranks in "
-    "this row are those\nof rounding noise, which has full rank; only what is counted under 'above' is not.",
+    "floor": "floor: ΔW is at or below the rounding floor. Rounding alone makes as large a difference, and the ranks "
+    "in this row are those\nof rounding noise, which has full rank; only what is counted under 'above' is not.",
     "equal": "equal: the same in both, ΔW = 0.",
     "not finite": "NaN/Inf: has entries that are not finite; nothing else is said of it.",
     "after": "Only AFTER's rounding was counted where the record says so: ΔW is smaller than BEFORE's own rounding "
