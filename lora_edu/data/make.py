@@ -232,7 +232,7 @@ class Maker:
         """LoRA adapters of some runs of the stage `ranks`, in PEFT's format, half precision."""
         rows, parameters = self.rows(), {}
         for adapter, (rank, seed) in ADAPTERS.items():
-            run = sweeps.run_of(rank=rank, rate=sweeps.rate_for(rows, rank), seed=seed)
+            run = sweeps.tuned(rows, rank, seed=seed)
             name = sweeps.name_of(run)
             factors = load_safetensors((self.work / "runs" / f"{name}.safetensors").read_bytes())
             model = TinyLM.from_state_dict(shipped.load_checkpoint("base"))

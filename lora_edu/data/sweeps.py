@@ -278,11 +278,11 @@ def changes(run: Mapping, model: nn.Module) -> dict[str, Tensor]:
 
 # ---- which runs ------------------------------------------------------------------------------------------------
 
-# Four rates for each, the same number for full tuning and for LoRA at three ranks.
+# Rates tried for full tuning and for LoRA at three ranks, a factor of two apart, until the best lies between others.
 FULL_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 LORA_RATES = {
     1: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
-    8: (3e-3, 6e-3, 1.2e-2, 2.4e-2),
+    8: (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
     64: (1.5e-3, 3e-3, 6e-3, 1.2e-2),
 }
 SEEDS = (0, 1, 2)
@@ -309,10 +309,11 @@ SCARCE = ("reference/10", "manual")
 
 
 def rates() -> list[dict]:
-    """The learning rate of full tuning, and of LoRA at three ranks."""
+    """The learning rate of full tuning, and of LoRA at three ranks; then the embedding at the others' rate."""
     full = [run_of(method="full", rate=rate) for rate in FULL_RATES]
     full += [run_of(method="full", rate=rate, embedding=1.0) for rate in FULL_RATES[1:3]]
     lora = [run_of(rank=rank, rate=rate) for rank, grid in LORA_RATES.items() for rate in grid]
+    lora += [run_of(rank=8, rate=rate, embedding=1.0) for rate in LORA_RATES[8][2:4]]
     return full + lora
 
 
@@ -329,7 +330,8 @@ def best(rows: Iterable[Mapping], **settings) -> dict:
 
 
 def rate_for(rows: Iterable[Mapping], rank: int) -> float:
-    """LoRA's tuned learning rate at a rank: found at 1, 8 and 64, between them on a straight line in the logarithms."""
+    """LoRA's tuned learning rate at a rank: found at 1, 8 and 64 (the embedding at a third of it), between them on a
+    straight line in the logarithms."""
     usual = {"method": "lora", "text": "reference", "targets": "all", "scale": 1.0, "steps": STEPS, "seed": 0}
     usual |= {"embedding": SETTINGS["embedding"]}
     tuned = [(math.log2(r), math.log(best(rows, rank=r, **usual)["rate"])) for r in LORA_RATES]
@@ -338,10 +340,22 @@ def rate_for(rows: Iterable[Mapping], rank: int) -> float:
     return float(f"{math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0)):.2g}")
 
 
+def embedding_for(rows: Iterable[Mapping]) -> float:
+    """The embedding's rate as a share of the others': the better of the two tried at rank 8, the same for all ranks."""
+    return best(rows, rank=8, method="lora", text="reference", targets="all", scale=1.0, steps=STEPS, seed=0)[
+        "embedding"
+    ]
+
+
+def tuned(rows: Iterable[Mapping], rank: int, **settings) -> dict:
+    """LoRA on every matrix at the tuned rates."""
+    return run_of(rank=rank, rate=rate_for(rows, rank), embedding=embedding_for(rows), **settings)
+
+
 def ranks(rows: Iterable[Mapping]) -> list[dict]:
     """LoRA at every rank and full tuning at their tuned rates, three seeds each."""
     full = best(rows, method="full", text="reference", steps=STEPS, seed=0)
-    found = [run_of(rank=r, rate=rate_for(rows, r), seed=seed) for seed in SEEDS for r in RANKS]
+    found = [tuned(rows, r, seed=seed) for seed in SEEDS for r in RANKS]
     return found + [
         run_of(method="full", rate=full["rate"], embedding=full["embedding"], seed=s) for s in SEEDS
     ]
@@ -369,7 +383,7 @@ def subspaces() -> list[dict]:
 
 def scaling(rows: Iterable[Mapping]) -> list[dict]:
     """Short runs: alpha / r against alpha / √r at one rate, alpha beside the rate, and the embedding's own rate."""
-    rate, short = rate_for(rows, 8), {"steps": SHORT}
+    rate, short = rate_for(rows, 8), {"steps": SHORT, "embedding": embedding_for(rows)}
     by_rank = [
         run_of(rank=r, rate=rate, scale=float(f"{scale:.4g}"), **short)
         for r in RANKS[::3]
@@ -381,7 +395,7 @@ def scaling(rows: Iterable[Mapping]) -> list[dict]:
         for faster, larger in ((factor, 1.0), (1.0, factor))
     ]
     exchanged = [run_of(rank=8, rate=rate * c**-0.5, scale=c, **short) for c in (0.25, 4.0)]
-    own = [run_of(rank=8, rate=rate, embedding=share, **short) for share in (1.0, 0.1)]
+    own = [run_of(rank=8, rate=rate, **short | {"embedding": share}) for share in (1.0, 1 / 3, 0.1)]
     return by_rank + by_size + exchanged + own
 
 
