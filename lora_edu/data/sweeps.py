@@ -281,7 +281,7 @@ def changes(run: Mapping, model: nn.Module) -> dict[str, Tensor]:
 # Rates tried for full tuning and for LoRA at three ranks, a factor of two apart, until the best lies between others.
 FULL_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 LORA_RATES = {
-    1: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    1: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2),
     8: (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
     64: (1.5e-3, 3e-3, 6e-3, 1.2e-2),
 }
