@@ -8,6 +8,7 @@ import base64
 import contextlib
 import io
 import itertools
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
@@ -380,6 +381,87 @@ def factors(axes: Axes, names: Sequence[str], values: Sequence[float]) -> list[L
     axes.grid(False, axis="y")
     plain_ticks(axes.xaxis, (1 / 16, 1 / 4, 1, 4, 16))
     axes.xaxis.set_major_formatter(FixedFormatter(["1/16", "1/4", "1", "4", "16"]))
+    return drawn
+
+
+# --- LoRA in one picture, and what a model writes -------------------------------------------------------
+
+
+@style()
+def to_scale(axes: Axes, rows: int, columns: int, rank: int, strips: int = 10) -> list[Artist]:
+    """W (rows × columns, frozen) and beside it B · A of this rank (trained), every length to one scale.
+
+    The long sides of W and B are cut into `strips` pieces of equal length, laid side by side.
+    """
+    if rows % strips:
+        raise ValueError(f"strips must divide the {rows} rows; got {strips}")
+    high, gap = rows / strips, columns / 5
+    drawn: list[Artist] = []
+
+    def matrix(x: float, width: int, height: float, pieces: int, name: str, colour: str) -> float:
+        """Draws pieces of width × height side by side from x, names them; returns where they end."""
+        for number in range(pieces):
+            corner = (x + number * (width + gap), (high - height) / 2)
+            drawn.append(
+                axes.add_patch(Rectangle(corner, width, height, facecolor=colour, linewidth=0, snap=False))
+            )
+        end = x + pieces * (width + gap) - gap
+        above, below = (high - height) / 2 - 0.06 * high, (high + height) / 2 + 0.06 * high
+        size = f"{height * pieces:,.0f} × {width:,}\n{height * pieces * width:,.0f} numbers".replace(",", " ")
+        drawn.append(axes.text((x + end) / 2, above, name, ha="center", va="bottom", weight="bold"))
+        drawn.append(axes.text((x + end) / 2, below, size, ha="center", va="top"))
+        return end
+
+    def sign(x: float, text: str) -> None:
+        drawn.append(axes.text(x, high / 2, text, ha="center", va="center", size=13))
+
+    end = matrix(0, columns, high, strips, "W, frozen", "#cccccc")
+    sign(end + 0.24 * high, "+   s ·")
+    end = matrix(end + 0.48 * high, rank, high, strips, "B, trained", BLUE)
+    sign(end + 0.2 * high, "·")
+    end = matrix(end + 0.4 * high, columns, rank, 1, "A, trained", BLUE)
+    axes.set(xlim=(-gap, end + 0.2 * high), ylim=(1.3 * high, -0.18 * high), aspect="equal")
+    axes.set_axis_off()
+    return drawn
+
+
+@style()
+def page_of_text(
+    axes: Axes, text: str, title: str = "", given: str = "", columns: int = 58, lines: int = 14
+) -> list[Text]:
+    """Text as it stands, in letters of one width, from the top left; `given` is how it begins, in blue.
+
+    A line longer than `columns` goes on below, further in; what does not fit into `lines` is left out.
+    """
+    if not text.startswith(given) or "\n" in given or len(given) > columns:
+        raise ValueError(f"the text must begin with {given!r}, on one line; got {text[:40]!r}")
+    shown = []
+    for line in text.expandtabs(4).split("\n"):
+        plain = "".join(letter if letter.isprintable() else " " for letter in line)
+        further = " " * (len(plain) - len(plain.lstrip()) + 4)
+        shown += textwrap.wrap(plain, columns, subsequent_indent=further[: columns // 2]) or [""]
+    axes.set(xticks=[], yticks=[], title=title, facecolor="#f4f4f4")
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    look = {"family": "DejaVu Sans Mono", "size": 8.2, "parse_math": False}
+    place = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
+    rest = [" " * len(given) + shown[0][len(given) :], *shown[1:lines]]
+    return [
+        axes.annotate(words, xytext=(6, -13 - 10.6 * row), color=colour, **place, **look)
+        for row, words, colour in [(0, given, BLUE), *((row, line, BLACK) for row, line in enumerate(rest))]
+        if words.strip()
+    ]
+
+
+@style()
+def loss_against_size(axes: Axes, sizes: Mapping[int, float], losses: Mapping[int, float]) -> list[Artist]:
+    """Loss (nats a token) against bytes on disk, in MB on a log scale: a dot for each rank, with its number."""
+    megabytes, nats = [size / 1e6 for size in sizes.values()], [losses[rank] for rank in sizes]
+    drawn: list[Artist] = axes.plot(megabytes, nats, color=BLUE, marker="o")
+    for rank, x, y in zip(sizes, megabytes, nats, strict=True):
+        drawn.append(axes.annotate(str(rank), (x, y), (1, 6), textcoords="offset points", fontsize=8.5))
+    axes.set(xscale="log", xlabel="MB on disk", ylabel="held-out loss, nats a token")
+    plain_ticks(axes.xaxis, (0.1, 0.3, 1, 3))
     return drawn
 
 

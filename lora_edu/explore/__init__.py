@@ -3,9 +3,11 @@
 from lora_edu.explore.counting import Calculator, calculator, rank_and_shape, table_and_square, which_matrices
 from lora_edu.explore.deltas import rare_rows, rounding, spectra_by_kind, truncation, two_seeds
 from lora_edu.explore.explorer import Explorer
+from lora_edu.explore.intrinsic_dimension import random_subspaces
 from lora_edu.explore.lora_embedding import bytes_moved, first_step
 from lora_edu.explore.lora_linear import alpha_that_does_nothing, gradient_norms, seen_through
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
+from lora_edu.explore.start_here import what_each_rank_writes
 from lora_edu.explore.train_with_lora import (
     equal_gain,
     rate_and_rank,
@@ -26,6 +28,7 @@ __all__ = [
     "hidden_direction",
     "noisy_photograph",
     "photograph_rank",
+    "random_subspaces",
     "rank_and_shape",
     "rare_rows",
     "rate_and_rank",
@@ -37,5 +40,6 @@ __all__ = [
     "trained_and_truncated",
     "truncation",
     "two_seeds",
+    "what_each_rank_writes",
     "which_matrices",
 ]
