@@ -81,6 +81,22 @@ def lora_embedding(
         padding = -1 if padding_idx is None else padding_idx
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         return operation(tokens, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq, deterministic)
+    return plain_lora_embedding(
+        tokens, weight, lora_A, lora_B, scaling, padding_idx, scale_grad_by_freq, sparse
+    )
+
+
+def plain_lora_embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """lora_embedding by PyTorch's own operations, on any device; `padding_idx` is not negative."""
     base = F.embedding(tokens, weight, padding_idx, None, 2.0, scale_grad_by_freq, sparse)
     rows = F.embedding(tokens, lora_A, None, None, 2.0, scale_grad_by_freq, sparse)
     if padding_idx is not None:  # masks the gradient too
