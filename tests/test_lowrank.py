@@ -396,6 +396,20 @@ def test_the_rounding_floor_is_the_spectrum_of_real_rounding_and_finds_the_plant
         assert lowrank.numerical_rank(found, tolerance=1.05 * float(floor[0])) == 8
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    st.floats(2**-13, 60_000.0),
+    st.booleans(),
+)
+def test_the_rounding_step_is_the_distance_to_the_next_number(dtype, size, negative):
+    value = torch.tensor([-size if negative else size]).to(dtype)
+    away = torch.nextafter(value, torch.full_like(value, math.copysign(math.inf, value)))
+    step = (away.double() - value.double()).abs()
+    for values in (value.float(), value.double()):
+        assert lowrank.rounding_step(values, dtype).double() == step
+
+
 def test_the_rounding_floor_of_a_zero_weight_is_next_to_nothing():
     assert float(lowrank.rounding_floor(torch.zeros(6, 4), torch.bfloat16)[0]) < 1e-38
 

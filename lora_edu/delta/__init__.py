@@ -37,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.plot == "-":
+        raise CheckpointError("--plot needs a file's name: a picture isn't printed")
     for path in (options.json, options.plot):
         _check_output(path, options)
     hidden = options.quiet or not sys.stderr.isatty()

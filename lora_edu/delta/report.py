@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import textwrap
 from collections.abc import Iterator
 
 from lora_edu import plots
@@ -24,19 +25,21 @@ COLUMNS = (  # heading, width
 LEAST_NAME = 20
 STATES = {"floor": "floor", "equal": "equal", "not finite": "NaN/Inf"}
 MEANING = {
-    "columns": "stable, effect.: stable rank (‖ΔW‖²/σ₁²) and effective rank (exp of the entropy of σ/Σσ) of ΔW; "
-    "50, 90, 99 %: rank that holds\nso much of ‖ΔW‖²; floor: the norm, over ‖W‖, of what rounding puts into ΔW; "
-    "above: how many singular values are larger than\nany that rounding could have made.",
+    "columns": "stable, effect.: stable rank (‖ΔW‖²/σ₁²) and effective rank (exp of the entropy of σ/Σσ) of ΔW. "
+    "50, 90, 99 %: the rank that holds so much of ‖ΔW‖². floor: what rounding puts into ΔW, its norm over ‖W‖. "
+    "above: how many singular values are larger than any that rounding could have made.",
     "*": "* Rounding may have changed this figure by more than a tenth: it includes singular values that rounding "
     "alone could have made.",
-    "floor": "floor: ΔW is at or below the rounding floor. Rounding alone makes as large a difference, and the ranks "
-    "in this row are those\nof rounding noise, which has full rank; only what is counted under 'above' is not.",
+    "floor": "floor (at the end of a row): ΔW is at or below the rounding floor. Rounding alone makes as large a "
+    "difference, and the ranks in this row are those of rounding noise, which has full rank; only what is counted "
+    "under 'above' is not.",
     "equal": "equal: the same in both, ΔW = 0.",
     "not finite": "NaN/Inf: has entries that are not finite; nothing else is said of it.",
-    "after": "Only AFTER's rounding was counted where the record says so: ΔW is smaller than BEFORE's own rounding "
-    "would have made it.",
+    "after": "Of some matrices only AFTER's rounding was counted: --before-exact says so, or ΔW is smaller than "
+    "BEFORE's own rounding would have made it.",
     "none": "An adapter holds ΔW itself and not a rounded sum, so there is no rounding floor.",
 }
+MOST = 20  # names in a list; the JSON record has them all
 
 
 def text(found: Comparison, width: int | None) -> str:
@@ -51,7 +54,8 @@ def text(found: Comparison, width: int | None) -> str:
         lines += ["", "By kind (medians; the norm and the floor: of all taken together)", ""]
         kinds = by_kind(found.figures)
         lines += _table("kind", {f"{name} ({len(of)})": _kind_cells(of) for name, of in kinds.items()}, width)
-        lines += ["", *_words(matrices)]
+        lines += [""]
+        lines += [textwrap.fill(words, min(width or 100, 100)) for words in _words(matrices)]
     lines += _vectors(vectors)
     lines += _listed(found)
     return "\n".join(lines) + "\n"
@@ -153,14 +157,18 @@ def _vectors(vectors: dict[str, Figures]) -> Iterator[str]:
 def _listed(found: Comparison) -> Iterator[str]:
     yield from ([""] if found.notes else [])
     yield from found.notes
-    for title, names in (("Only in BEFORE", found.only_before), ("Only in AFTER", found.only_after)):
-        if names:
-            yield from ("", f"{title} ({len(names)}), not compared:")
-            yield from (f"  {printable(name)}" for name in names)
-    for title, reasons in (("Shapes differ", found.shapes_differ), ("Not measured", found.not_measured)):
-        if reasons:
-            yield from ("", f"{title} ({len(reasons)}):")
-            yield from (f"  {printable(name)}: {why}" for name, why in reasons.items())
+    lists = {
+        "Only in BEFORE, not compared": [printable(name) for name in found.only_before],
+        "Only in AFTER, not compared": [printable(name) for name in found.only_after],
+        "Shapes differ": [f"{printable(name)}: {why}" for name, why in found.shapes_differ.items()],
+        "Not measured": [f"{printable(name)}: {why}" for name, why in found.not_measured.items()],
+    }
+    for title, lines in lists.items():
+        if lines:
+            yield from ("", f"{title} ({len(lines)}):")
+            yield from (f"  {line}" for line in lines[:MOST])
+            if len(lines) > MOST:
+                yield f"  and {len(lines) - MOST} more; --json lists all"
 
 
 def record(found: Comparison) -> dict:
@@ -196,7 +204,7 @@ def record(found: Comparison) -> dict:
         "shapes_differ": found.shapes_differ,
         "not_measured": found.not_measured,
         "notes": found.notes,
-        "meaning": {name: " ".join(words.split()) for name, words in MEANING.items()},
+        "meaning": MEANING,
     }
 
 
@@ -222,7 +230,7 @@ def picture(found: Comparison) -> bytes:
     names = [_shortened(printable(name), 30) for name in kinds]
     size.set(xscale="log", xlabel="‖ΔW‖ / ‖W‖", title="Size of ΔW")
     size.set_yticks(range(len(names)), names)
-    size.set_ylim(len(names) - 0.5, -0.5)
+    size.set_ylim(max(len(names), 1) - 0.5, -0.5)
     rank.set(xlim=(0, 1.03), xlabel="share of the full rank", title="Rank for 90 % of the energy")
     handles = [
         size.plot([], [], "o", color=plots.BLUE, markersize=4, label="a matrix")[0],
