@@ -10,6 +10,7 @@ from lora_edu.exercises.chapter_01 import (
     check_01_6,
     hidden_matrix,
 )
+from lora_edu.exercises.chapter_02 import check_02_1, check_02_2, check_02_3, check_02_4, wishes
 from lora_edu.exercises.chapter_03 import (
     check_03_1,
     check_03_2,
@@ -59,6 +60,10 @@ __all__ = [
     "check_01_4",
     "check_01_5",
     "check_01_6",
+    "check_02_1",
+    "check_02_2",
+    "check_02_3",
+    "check_02_4",
     "check_03_1",
     "check_03_2",
     "check_03_3",
@@ -89,4 +94,5 @@ __all__ = [
     "hidden_matrix",
     "loralib_factors",
     "rounded_pair",
+    "wishes",
 ]
