@@ -19,10 +19,10 @@ def judge(
         value = float(answer)
     except (TypeError, ValueError):
         return f"Exercise {k}: the answer is one number; got {answer!r}."
-    if abs(value - right) <= tolerance * right:
+    if abs(value - right) <= tolerance * abs(right):
         return f"Exercise {k}: right. {why}"
     for mistake, diagnosis in mistakes.items():
-        if abs(value - mistake) <= tolerance * mistake:
+        if abs(value - mistake) <= tolerance * abs(mistake):
             return f"Exercise {k}: not yet: {diagnosis}"
     size = "too small" if value < right else "too large"
     return f"Exercise {k}: not yet: {value:.12g} is {size}. Hint: {hint}"

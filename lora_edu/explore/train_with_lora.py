@@ -74,9 +74,12 @@ def rate_and_rank(
 
     def draw(figure: Figure, method: str) -> str:
         ends, way = figure.subplots(1, 2)
-        for values in losses.values():
+        for name, values in losses.items():
             rates = sorted(values)
             ends.plot(rates, [values[rate] for rate in rates], color="#c8c8c8", linewidth=1.2)
+            if name != method:
+                place = rates[0], values[rates[0]]
+                ends.annotate(name, place, (0, 4), textcoords="offset points", color=plots.GREY, fontsize=8.5)
         plots.rate_curves(ends, {method: losses[method]}, ylabel="held-out loss at the end")
         plots.plain_ticks(ends.xaxis, sorted({rate for values in losses.values() for rate in values})[::2])
         best = min(losses[method], key=losses[method].get)
@@ -88,40 +91,41 @@ def rate_and_rank(
         way.set_title(f"{method}, by learning rate")
         return f"{method}: the best rate tried is {best:g}, with {losses[method][best]:.2f} nats a token at the end."
 
-    return Explorer(draw, {"method": list(losses)}, start={"method": list(losses)[-1]})
+    return Explorer(draw, {"method": list(losses)}, start={"method": list(losses)[-1]}, colours=128)
 
 
-def equal_gain(paths: Mapping[str, Sequence[tuple[float, float]]], levels: Sequence[float]) -> Explorer:
+def equal_gain(
+    paths: Mapping[str, Sequence[tuple[float, float]]], levels: Sequence[float], before: float
+) -> Explorer:
     """Loss on the tuning text that all have reached → what each has then lost on code.
 
-    paths: name → [(loss on the tuning text, loss on code), …] along a run, the base first. levels: losses, each
-    within every path.
+    paths: name → [(loss on the tuning text, loss on code), …] along a run; levels: losses, from the highest to the
+    lowest, each within every path; before: the base's loss on code.
     """
-    first = next(iter(paths.values()))[0]
+    highest = max(at_level(path, level) for path in paths.values() for level in levels) - before
 
     def draw(figure: Figure, level: float) -> str:
-        plane, beside = figure.subplots(1, 2, width_ratios=[1.4, 1])
-        found = {name: at_level(path, level) - first[1] for name, path in paths.items()}
-        for (name, path), colour in zip(paths.items(), plots.PALETTE, strict=False):
-            plane.plot(*zip(*path, strict=True), color=colour, marker="o", label=name)
+        plane, beside = figure.subplots(1, 2, width_ratios=[1.3, 1])
+        lost = {name: at_level(path, level) - before for name, path in paths.items()}
+        colours = dict(zip(paths, plots.PALETTE, strict=False))
+        for name, path in paths.items():
+            plane.plot(*zip(*path, strict=True), color=colours[name], marker="o")
         plane.axvline(level, color=plots.GREY, linestyle=":")
         plane.invert_xaxis()
         plane.set(xlabel="held-out docstrings, nats a token", ylabel="held-out code")
-        plane.set_title("from the base (left) along each run")
-        plane.legend(loc="upper left")
-        names = list(paths)
-        colours = [plots.PALETTE[k] for k in range(len(names))]
-        plots.bars(beside, names, [found[n] for n in names], colours, [f"{found[n]:+.2f}" for n in names])
-        beside.set(xlabel="nats lost on code", title=f"when docstrings are at {level:g}")
-        beside.set_xlim(0, 1.35 * max(at_level(path, levels[-1]) - first[1] for path in paths.values()))
-        words = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
-        return f"Where the loss on docstrings has come down to {level:g}, the loss on code has risen by: {words}."
+        plane.set_title("every 50 steps of each run")
+        texts = [f"{lost[name]:+.2f}" for name in paths]
+        plots.bars(beside, list(paths), list(lost.values()), [colours[name] for name in paths], texts)
+        beside.set(xlim=(0, 1.35 * highest), xlabel="nats lost on code", title=f"docstrings at {level:g}")
+        words = ", ".join(f"{name}: {value:.2f}" for name, value in lost.items())
+        return f"Where the loss on docstrings has come down to {level:g}, code has lost, in nats: {words}."
 
     return Explorer(
         draw,
         {"level": levels},
         start={"level": levels[len(levels) // 2]},
         labels={"level": "loss on docstrings"},
+        colours=128,
     )
 
 

@@ -39,7 +39,7 @@ def drawn(name):
             "full": [(6.0, 3.5), (5.0, 5.0), (4.0, 4.9)],
             "LoRA, r = 8": [(6.0, 3.5), (5.2, 4.0), (4.2, 4.3)],
         }
-        return equal_gain(paths, [5.5, 5.0, 4.5, 4.25])
+        return equal_gain(paths, [5.5, 5.0, 4.5, 4.25], 3.5)
     grid = {f"{i},{j}": min(1.0, 0.2 + 0.1 * i / j) for i in (1, 2, 4, 8) for j in RANKS}
     kinds = {
         kind: {"rows": 100, "columns": d, "BA": grid, "A": grid, "B": grid}
@@ -67,7 +67,7 @@ def test_the_best_rate_is_the_one_with_the_lowest_loss():
 
 
 def test_equal_gain_is_read_off_on_a_straight_line():
-    assert "full 0.75, LoRA, r = 8 0.31" in drawn("gain").pictures[5.5,].sentence
+    assert "full: 0.75, LoRA, r = 8: 0.31" in drawn("gain").pictures[5.5,].sentence
     assert at_level([(6, 3), (5, 4), (4, 8)], 4.5) == 6
     assert at_level([(6, 3), (5, 4)], 6) == 3
     with pytest.raises(ValueError, match="never comes to 3.5; it goes from 6 to 4"):
