@@ -291,7 +291,7 @@ SHORT = 100  # steps of the runs that compare settings with one another
 # Both c are tried where d₉₀ may lie, the first alone below; the minimum is flat (twice or half changes little).
 SIZES = {"all": 2_728_000, "blocks": 727_800}
 DIMENSIONS = {
-    "all": (100, 1_000, 10_000, 100_000, 1_000_000),
+    "all": (1_000, 10_000, 100_000, 1_000_000),
     "blocks": (1_000, 10_000, 100_000, SIZES["blocks"]),
 }
 WEIGHT_RATES = (3e-3, 6e-3)
