@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
     made = json.dumps(report.record(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if options.json and options.json != "-":
-        write_atomically(Path(options.json), made.encode("utf-8"))
+        write_atomically(Path(options.json), made.encode("utf-8", "backslashreplace"))
     if options.plot:
         write_atomically(Path(options.plot), report.picture(found))
     print(

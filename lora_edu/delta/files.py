@@ -48,9 +48,11 @@ class Stored(NamedTuple):
 
     @property
     def sides(self) -> tuple[int, int]:
-        """As a matrix: a vector is one column, and what has more axes is (first, all the others)."""
-        rows = self.shape[0] if self.shape else 1
-        return rows, math.prod(self.shape[1:])
+        """As a matrix: a vector is one column; of more axes, the first by all the others, without leading ones."""
+        if len(self.shape) < 2:
+            return self.size, 1
+        first = next((axis for axis, side in enumerate(self.shape[:-2]) if side != 1), len(self.shape) - 2)
+        return self.shape[first], math.prod(self.shape[first + 1 :])
 
     @property
     def size(self) -> int:
@@ -263,7 +265,9 @@ def _entry(tensor: str, value: object, name: str) -> tuple[str, Stored, int, int
     """(name, place, first byte, byte after the last), offsets counted from the end of the header."""
 
     def whole(numbers: object) -> bool:
-        return isinstance(numbers, list) and all(type(each) is int and each >= 0 for each in numbers)
+        if not isinstance(numbers, list) or len(numbers) > 64:
+            return False
+        return all(type(each) is int and 0 <= each < 2**63 for each in numbers)
 
     damaged = CheckpointError(
         f"{name} is damaged: {printable(tensor)} needs dtype, shape and data_offsets that agree; "

@@ -26,6 +26,7 @@ MARKABLE = ("relative_norm", "stable_rank", "effective_rank", "rank_50", "rank_9
 class Figures(NamedTuple):
     """What is known of one ΔW. Norms are Frobenius; None is what could not be, or was not, computed.
 
+    sides: the shape as a matrix (Stored.sides).
     status: "measured", "floor" (measured; rounding alone makes as large a norm), "equal" (ΔW is 0), "not finite".
     formats: in which the entries of before and after are precise, say "BF16 in F32" for upcast ones.
     floor: norm of what rounding puts into ΔW; edge: the largest singular value it could have. above: how
@@ -36,6 +37,7 @@ class Figures(NamedTuple):
 
     status: str
     shape: tuple[int, ...]
+    sides: tuple[int, int]
     formats: tuple[str, ...]
     weight_norm: float | None = None
     delta_norm: float | None = None
@@ -84,7 +86,7 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     grids = [precise_format(each) for each in (before, after)]
     formats = tuple(_called(each, grid) for each, grid in zip((before, after), grids, strict=True))
     scan = _scan(before, after, [FORMATS[grid] for grid in grids])
-    known = Figures("measured", before.shape, formats)
+    known = Figures("measured", before.shape, before.sides, formats)
     if not math.isfinite(scan.weight + scan.delta):
         where = [
             f"{count} in {name}" for name, count in zip(("BEFORE", "AFTER"), scan.bad, strict=True) if count
@@ -333,9 +335,8 @@ def measure_adapter(base: Stored, factors: Factors) -> Figures:
 
     An adapter holds ΔW and not a rounded sum with W: there is no rounding floor, and nothing is marked.
     """
-    known = Figures(
-        "measured", base.shape, (base.format, _name(factors.lora_A.dtype)), roundings="none", method="factors"
-    )
+    formats = (base.format, _name(factors.lora_A.dtype))
+    known = Figures("measured", base.shape, base.sides, formats, roundings="none", method="factors")
     weight = math.sqrt(sum(_squared(block) for _, (block,) in blocks(base)))
     # A is (r, n) and B (m, r) in a linear layer, A (V, r) and B (d, r) in an embedding
     left = factors.lora_A if factors.embedding else factors.lora_B

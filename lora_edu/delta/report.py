@@ -3,6 +3,7 @@
 import os
 import statistics
 import textwrap
+import warnings
 from collections.abc import Iterator
 
 from lora_edu import plots
@@ -137,7 +138,7 @@ def _words(matrices: dict[str, Figures]) -> Iterator[str]:
         inner, _, outer = each.partition(" in ")
         yield f"Some tensors in {outer} hold {inner} numbers only; their rounding was counted as {inner}'s."
     if any(len(each.shape) > 2 for each in matrices.values()):
-        yield "Tensors with more than two axes are read as matrices: the first axis by all the others."
+        yield "Tensors of more than two axes are read as matrices: the first axis by the others, sides of 1 left out."
 
 
 def _vectors(vectors: dict[str, Figures]) -> Iterator[str]:
@@ -175,9 +176,11 @@ def record(found: Comparison) -> dict:
     """Everything as JSON: numbers are numbers, null is what could not be computed."""
 
     def one(name: str, each: Figures) -> dict:
-        fields = each._asdict() | {"shape": list(each.shape), "formats": list(each.formats)}
+        fields = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in each._asdict().items()
+        }
         more = {"relative_norm": each.relative_norm, "relative_floor": each.relative_floor}
-        return {"name": name, "kind": kind(name)} | fields | more | {"marked": list(each.marked)}
+        return {"name": name, "kind": kind(name)} | fields | more
 
     rows = [one(name, each) for name, each in found.figures.items()]
     kinds = []
@@ -223,11 +226,11 @@ def picture(found: Comparison) -> bytes:
             if each.floor:
                 size.plot(each.relative_floor, row, "|", color=plots.VERMILION, markersize=10)
             if each.rank_90:
-                smaller = min(each.shape[0], each.shape[1]) if len(each.shape) == 2 else each.shape[0]
+                smaller = min(each.sides)
                 noisy = "rank_90" in each.marked
                 look["markerfacecolor"] = "none" if noisy else plots.BLUE
                 rank.plot(each.rank_90 / smaller, row, "o", **look)
-    names = [_shortened(printable(name), 30) for name in kinds]
+    names = [_shortened(printable(name), 30).replace("$", r"\$") for name in kinds]
     size.set(xscale="log", xlabel="‖ΔW‖ / ‖W‖", title="Size of ΔW")
     size.set_yticks(range(len(names)), names)
     size.set_ylim(max(len(names), 1) - 0.5, -0.5)
@@ -238,7 +241,9 @@ def picture(found: Comparison) -> bytes:
         size.plot([], [], "|", color=plots.VERMILION, markersize=10, label="rounding floor")[0],
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    return plots.to_png(figure)
+    with warnings.catch_warnings():  # a name may have letters that no font has
+        warnings.simplefilter("ignore")
+        return plots.to_png(figure)
 
 
 def terminal_width(stream) -> int | None:

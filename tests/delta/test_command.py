@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
 
@@ -175,6 +176,24 @@ def test_one_side_may_have_a_prefix_before_all_names(pair, tmp_path, capsys):
         found = json.loads(capsys.readouterr().out)
         assert len(found["matrices"]) == 6 and len(found["vectors"]) == 1 and not found["only_in_after"]
         assert "have model. before them" in found["notes"][0]
+
+
+def test_names_of_any_letters(tmp_path, capsys):
+    """Half a character, mathematics for matplotlib, a terminal's commands, letters without a font."""
+    names = ["\udc80", "$x^$ $y_$", "\x1b[2J\n", "層.0.重み", "a" * 300]
+    header = {name: {"dtype": "F32", "shape": [4, 4]} for name in names}
+    for number, entry in enumerate(header.values()):
+        entry["data_offsets"] = [64 * number, 64 * number + 64]
+    text = json.dumps(header).encode()
+    for file in ("b", "a"):
+        body = torch.randn(16 * len(names)).numpy().tobytes()
+        (tmp_path / f"{file}.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
+    pair = (tmp_path / "b.safetensors", tmp_path / "a.safetensors")
+    assert delta(*pair, "--json", tmp_path / "d.json", "--plot", tmp_path / "d.png") == 0
+    out, err = capsys.readouterr()
+    assert not err and "\x1b" not in out and "層.0.重み" in out
+    found = json.loads((tmp_path / "d.json").read_text(encoding="utf-8"))
+    assert [each["name"] for each in found["matrices"]] == names
 
 
 def test_nothing_in_common_is_one_line(pair, tmp_path, capsys):

@@ -146,6 +146,7 @@ FILES = {
     "true as a side": (packed({"a": tensor(0, 4, [True])}, bytes(4)), "needs dtype, shape"),
     "a fraction as a side": (packed({"a": tensor(0, 4, [1.0])}, bytes(4)), "needs dtype, shape"),
     "more sides than bytes": (packed({"a": tensor(0, 4, [2**40, 2**40])}, bytes(4)), "that agree"),
+    "a million axes": (packed({"a": tensor(0, 4, [2**40] * 10**6)}, bytes(4)), "that agree"),
     "offsets turned round": (packed({"a": tensor(4, 0, [1])}, bytes(4)), "needs dtype, shape"),
     "overlap": (
         packed({"a": tensor(0, 8, [2]), "b": tensor(4, 12, [2])}, bytes(12)),

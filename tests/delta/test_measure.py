@@ -151,6 +151,9 @@ def test_vectors_scalars_and_tensors_of_four_axes(tmp_path):
     before, update = random_matrix(24, 60).reshape(24, 5, 3, 4), random_matrix(24, 60, 1, rank=2)
     found = figures(tmp_path, before.float(), (before + update.reshape(24, 5, 3, 4)).float())
     assert found.rank_99 == 2 and found.above == 2 and found.shape == (24, 5, 3, 4)
+    before, after = before[None, None], before[None, None] + update.reshape(1, 1, 24, 5, 3, 4)
+    again = figures(tmp_path, before.float(), after.float())
+    assert again.sides == found.sides == (24, 60) and again.stable_rank == pytest.approx(found.stable_rank)
 
 
 def test_equal_tensors_and_entries_that_are_not_finite(tmp_path):
