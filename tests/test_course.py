@@ -116,7 +116,7 @@ def test_our_environment_gets_the_constraints(course, monkeypatch, tmp_path):
     course.install(course.interpreter(environment(tmp_path / "v")), own=True)
     (command,) = calls
     assert command[command.index("-c") + 1] == str(tmp_path / "constraints.txt")
-    assert command[-1] == f"{tmp_path}[course,test]"
+    assert command[-1] == f"{tmp_path}[course,test,site]"
 
 
 def test_an_active_environment_keeps_its_torch_and_gets_no_constraints(course, monkeypatch, tmp_path):

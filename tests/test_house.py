@@ -21,7 +21,7 @@ FLOORS = {
     2: ["tinylm", "lora"],
     3: ["training", "plots", "tuning"],
     4: ["explore", "exercises", "data.make", "data.sweeps", "data.analysis"],
-    5: ["cli", "lab", "doctor", "notebooks", "delta"],
+    5: ["cli", "lab", "doctor", "notebooks", "delta", "site"],
 }
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
 PACKAGE = REPOSITORY / "lora_edu"

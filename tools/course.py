@@ -22,6 +22,7 @@ COMMANDS = {
     "test": ["-m", "pytest", "-n", "2", "--dist", "loadfile"],  # a notebook's cells stay with one worker
     "notebooks": ["-m", "lora_edu.notebooks", "build"],
     "data": ["-m", "lora_edu.cli", "data"],
+    "site": ["-m", "lora_edu.site"],
     "bench": ["-m", "benchmarks"],
     "doctor": ["-m", "lora_edu.cli", "doctor"],
     "setup": None,
@@ -39,7 +40,9 @@ root = Path(sys.argv[1])
 assert Path(lora_edu.__file__).resolve().parent == root / "lora_edu" and metadata.version("lora-edu")
 project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 extras = project["optional-dependencies"]
-for wanted in map(Requirement, project["dependencies"] + extras["course"] + extras["test"]):
+for wanted in map(Requirement, project["dependencies"] + extras["course"] + extras["test"] + extras["site"]):
+    if wanted.marker and not wanted.marker.evaluate():
+        continue
     assert wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
 """
 
@@ -133,7 +136,7 @@ def install(python, own):
         say(f"    PIP_EXTRA_INDEX_URL={CPU_BUILD} make lab")
     say("Installing what the course needs (once, a few minutes) …")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--retries", "2"]
-    if run_logged([*pip, "-c", str(constraints), "-e", f"{REPOSITORY}[course,test]"], log):
+    if run_logged([*pip, "-c", str(constraints), "-e", f"{REPOSITORY}[course,test,site]"], log):
         raise Refused(why_pip_failed(log, own))
     # matplotlib lists the machine's fonts once: done here, it interrupts no chapter
     subprocess.run([str(python), "-c", "import matplotlib.font_manager"], **silent())
