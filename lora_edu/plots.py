@@ -590,6 +590,24 @@ def heat(axes: Axes, grid, title: str, x: str, y: str) -> AxesImage:
 
 
 @style()
+def roofline(
+    axes: Axes, bandwidth: float, peak: float, points: Mapping[str, tuple[float, float]]
+) -> list[Artist]:
+    """The most operations a second that a card allows for each operation a byte, and named points below it.
+
+    bandwidth: bytes a second; peak: operations a second; points: name → (operations a byte, a second).
+    """
+    x = np.array([0.5, peak / bandwidth, 2000])
+    drawn = axes.plot(x, np.minimum(bandwidth * x, peak) / 1e12, color=BLACK)
+    for (name, (intensity, speed)), colour in zip(points.items(), PALETTE, strict=False):
+        drawn += axes.plot(intensity, speed / 1e12, "o", color=colour, markersize=7, label=name)
+    axes.set(xscale="log", yscale="log", xlim=(0.5, 2000), ylim=(0.1, 2000))
+    plain_log(axes, (1, 10, 100, 1000), (0.1, 1, 10, 100, 1000))
+    axes.set(xlabel="operations a byte", ylabel="10$^{12}$ operations a second")
+    return drawn
+
+
+@style()
 def norm_against_count(axes: Axes, counts, norms: Mapping[str, Sequence[float]], **labels) -> list[Line2D]:
     """Row norm of an update against how often the row's token occurs, a dot a token; count 0 stands at 0.2."""
     x = np.maximum(np.asarray(counts, float), 0.2)

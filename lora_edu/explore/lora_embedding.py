@@ -117,6 +117,61 @@ def bytes_moved() -> Explorer:
     )
 
 
+# Published by NVIDIA: bytes a second from and to memory, dense bfloat16 operations a second in the tensor cores
+CARDS = {
+    "RTX 4090": (1.008e12, 165e12),
+    "A100 80 GB": (2.039e12, 312e12),
+    "H100 SXM": (3.35e12, 989e12),
+    "H200 SXM": (4.8e12, 989e12),
+}
+
+
+def look_up_bytes(tokens: int, width: int, rank: int, each: int = 2) -> dict[str, int]:
+    """Bytes that a forward pass reads and writes by way, `each` bytes a number (2: bfloat16), 8 an id.
+
+    Each operation reads its inputs from memory and writes its results there; 'one pass' keeps them in registers.
+    """
+    out, rows, ids, lora_B = each * tokens * width, each * tokens * rank, 8 * tokens, each * width * rank
+    return {
+        "loralib, PEFT": 8 * out + 3 * rows + 2 * ids + lora_B,
+        "PyTorch, ours": 6 * out + 5 * rows + 2 * ids + lora_B,
+        "one pass": 2 * out + rows + ids + lora_B,
+    }
+
+
+def look_up_operations(tokens: int, width: int, rank: int) -> int:
+    """Multiplications and additions of out = W[t] + s · A[t] Bᵀ: the product's, and two for s and the sum."""
+    return 2 * tokens * width * (rank + 1)
+
+
+def roofline(tokens: int = 65_536, width: int = 4096) -> Explorer:
+    """What a card allows a forward pass at most, from published figures, by rank; nothing in it is measured."""
+    colours = plots.PALETTE[:3]
+
+    def draw(figure: Figure, card: str, r: int) -> str:
+        roof, bars = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        bandwidth, peak = CARDS[card]
+        operations, ways = look_up_operations(tokens, width, r), look_up_bytes(tokens, width, r)
+        at_best = {way: max(moved / bandwidth, operations / peak) for way, moved in ways.items()}
+        points = {way: (operations / moved, operations / at_best[way]) for way, moved in ways.items()}
+        plots.roofline(roof, bandwidth, peak, points)
+        roof.set_title(f"the ridge: {peak / bandwidth:.0f} operations a byte")
+        texts = [f"{1e3 * seconds:.3g} ms" for seconds in at_best.values()]
+        plots.bars(bars, list(ways), [1e3 * seconds for seconds in at_best.values()], colours, texts)
+        bars.set(xlabel="ms, at best", xlim=(0, 7))
+        bars.set_title(f"at best {at_best['loralib, PEFT'] / at_best['one pass']:.2g} times as fast in one pass")
+        intensity = points["one pass"][0]
+        return (
+            f"{card} (published: {bandwidth / 1e12:.3g} TB/s, {peak / 1e12:.0f} · 10¹² operations a second): "
+            f"{spaced(tokens)} tokens at d = {width}, r = {r} take loralib's chain {texts[0]} at best and one pass "
+            f"{texts[2]}, with {intensity:.3g} operations a byte."
+        )
+
+    return Explorer(
+        draw, {"card": list(CARDS), "r": [4, 8, 16, 64, 256]}, start={"card": "H100 SXM", "r": 16}
+    )
+
+
 def short(number: float) -> str:
     """Bytes to three digits: 4.21 MB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
