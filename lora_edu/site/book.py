@@ -6,7 +6,6 @@ Not for publishing: what it leaves in build/site is plain files that any static 
 import argparse
 import hashlib
 import io
-import multiprocessing
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -99,8 +98,7 @@ def gather(
     missing = [edition for edition in editions if edition.name in kept and not kept[edition.name].is_file()]
     if missing:
         print(f"running {len(missing)} notebooks, {jobs} at a time", flush=True)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        with ThreadPoolExecutor(jobs) as pool:  # the work is done in the kernels' processes
             seconds = pool.map(run, missing, [kept[edition.name] for edition in missing])
             for edition, took in zip(missing, seconds, strict=True):
                 print(f"  {edition.name}: {took:.0f} s", flush=True)
@@ -214,13 +212,17 @@ def put_in_place(output: Path, target: Path) -> None:
 
 
 def build(
-    target: Path = TARGET, alive: set[str] | None = None, jobs: int | None = None, runs: Path = RUNS
+    target: Path = TARGET,
+    alive: set[str] | None = None,
+    jobs: int | None = None,
+    runs: Path = RUNS,
+    folder: Path = notebooks.FOLDER,
 ) -> dict[str, int]:
     """Builds the whole site; returns the pages' bytes. What was at `target` stays until the new site is whole.
 
     Raises ValueError with what is wrong: a cell that fails, a chapter out of step, a warning of Sphinx.
     """
-    editions = [edition for name in reversed(notebooks.names()) for edition in notebooks.editions(name)]
+    editions = [edition for name in notebooks.names(folder) for edition in notebooks.editions(name, folder)]
     editions.sort(key=lambda edition: (edition.name != "index", edition.name))
     if unknown := (alive or set()) - {edition.name for edition in editions}:
         raise ValueError(

@@ -139,9 +139,10 @@ class View:
 class NotebookPage:
     """One notebook open in JupyterLab, one notebook a page. faults: what went wrong on the page, in words."""
 
-    def __init__(self, browser: Browser):
+    def __init__(self, browser: Browser, **options):
+        """options: of the browser's page, e.g. color_scheme="dark"."""
         self.faults: list[str] = []
-        self.page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+        self.page = browser.new_page(**{"viewport": {"width": WIDTH, "height": HEIGHT}} | options)
         self.page.set_default_timeout(PATIENCE * 1000)
         self.page.on("pageerror", lambda error: self.faults.append(f"page error: {error}"))
         self.page.on("console", self._listen)
@@ -317,8 +318,8 @@ ASK_KERNEL = f"""async code => {{
 }}"""
 
 SEEN = """cell => {
-  const image = cell.querySelector(".jp-Cell-outputArea img");
-  const caption = cell.querySelector(".jp-Cell-outputArea figcaption");
+  const image = cell.querySelector("figure img");
+  const caption = cell.querySelector("figcaption");
   return {
     values: [...cell.querySelectorAll(".widget-readout")].map(readout => readout.textContent),
     source: image ? image.src : "", alt: image ? image.alt : "", caption: caption ? caption.textContent : "",
@@ -334,7 +335,7 @@ BROKEN_LINKS = """cell => [...cell.querySelectorAll(".jupyter-widgets-disconnect
   .filter(part => getComputedStyle(part, "::before").display !== "none").length"""
 
 CUT_OFF = """cell => {
-  const area = cell.querySelector(".jp-Cell-outputArea");
+  const area = cell.querySelector(".jp-Cell-outputArea") ?? cell;
   const box = area.getBoundingClientRect();
   const right = Math.min(box.right, document.documentElement.clientWidth);
   const parts = [...area.querySelectorAll("img, figcaption, .widget-label, .widget-readout, .noUi-target")];
