@@ -105,7 +105,7 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
         known = known._replace(status="floor")
     if len(before.shape) < 2:
         return known._replace(marked=marked)
-    scale = 2.0 ** -math.frexp(scan.largest)[1]
+    scale = 2.0 ** min(-math.frexp(scan.largest)[1], 1000)
     found = _spectrum(lambda: _difference(before, after, scale), before.sides, edge * scale, room)
     return _with_ranks(known, found, edge * scale)._replace(
         marked=marked + _marked(found.values, edge * scale)
@@ -220,7 +220,8 @@ def _floor(scan: _Scan, before_is_exact: bool) -> tuple[str, float, float, float
     """
     (old_rows, old_columns), (new_rows, new_columns) = scan.steps
     alone, other = (math.sqrt(float(rows.sum()) / 12) for rows in (old_rows, new_rows))
-    if before_is_exact or (other < alone / 8 and scan.delta < 0.9 * alone):
+    least = min(0.8 * alone**2, alone**2 - 5 * math.sqrt(scan.fourths[0] / 180))
+    if before_is_exact or (other < alone / 8 and scan.delta**2 < least):
         rows, columns, fourths, factor, whose = new_rows, new_columns, scan.fourths[1], ALONE, "after"
     else:
         rows, columns, factor, whose = old_rows + new_rows, old_columns + new_columns, 1.0, "both"
@@ -322,7 +323,7 @@ def _head(tall: Tensor, edge: float, most: int = 272, probes: int = 8) -> Tensor
     if share <= 0:
         return values
     uncertain = share * math.log(columns) - share * math.log(min(share, 1 / math.e))
-    # above the edge in the middle of the sketch: there may be more such past it
+    # where half of the sketch stands above the edge, there may be more of such past it
     hides = float(values[width // 2]) > 0.8 * max(edge, RESOLUTION * float(values[0]))
     return None if hides or uncertain > math.log1p(ENTROPY_ERROR) else values
 

@@ -38,6 +38,7 @@ MEANING = {
     "not finite": "NaN/Inf: has entries that are not finite; nothing else is said of it.",
     "after": "Of some matrices only AFTER's rounding was counted: --before-exact says so, or ΔW is smaller than "
     "BEFORE's own rounding would have made it.",
+    "head": "method head: a random sketch holds all but a negligible rest; the effective rank is right to 1 %.",
     "none": "An adapter holds ΔW itself and not a rounded sum, so there is no rounding floor.",
 }
 MOST = 20  # names in a list; the JSON record has them all
