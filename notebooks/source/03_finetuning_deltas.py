@@ -527,6 +527,9 @@ for name, dW in sorted(lowrank.deltas(old, new, matrices_only=True).items())[::5
 # Our tuning was no gentle one (‖ΔW‖/‖W‖ is 0.4), so nearly everything stands above rounding. In a large model that was
 # tuned for a short time at a small rate it may be otherwise: read the last column before the others.
 #
+# For a whole model there is a command, `lora-edu delta BEFORE AFTER`. It reads one tensor at a time, shards and adapters
+# too, and marks by itself every figure that rounding could have made.
+#
 # ## What to remember
 #
 # - A fully tuned ΔW has full rank. "r = rank(ΔW)" is no recipe.
