@@ -41,6 +41,9 @@ from lora_edu.exercises.chapter_06 import (
     check_06_3,
     check_06_4,
     check_06_5,
+    check_06_6,
+    check_06_7,
+    check_06_8,
     loralib_factors,
 )
 from lora_edu.exercises.chapter_07 import (
@@ -86,6 +89,9 @@ __all__ = [
     "check_06_3",
     "check_06_4",
     "check_06_5",
+    "check_06_6",
+    "check_06_7",
+    "check_06_8",
     "check_07_1",
     "check_07_2",
     "check_07_3",

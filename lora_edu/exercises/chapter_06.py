@@ -184,6 +184,77 @@ def check_06_5(answer: object) -> str:
     return "Exercise 5: right. It reads r + d numbers a token, whatever V is."
 
 
+def check_06_6(answer: object) -> str:
+    """Share of padding in a product over r = 20, padded to a power of two from 16."""
+    mistakes = {
+        20 / 32: "that is the share that is used. The rest is padding.",
+        12 / 20: "that is the padding for each number used; the share is of all R.",
+        12: "that is how many numbers are padding; the share is of all R = 32.",
+        32: "that is R. How much of it is padding?",
+        37.5: "in per cent that is right; the share is between 0 and 1.",
+        12 / 16: "R is 32, not 16: the block has to hold all 20.",
+        44 / 64: "that pads to 64; 32 is enough.",
+    }
+    return judge(
+        6,
+        answer,
+        12 / 32,
+        mistakes,
+        hint="which power of two holds 20?",
+        why="12 of 32. Below r = 16 it is more: at r = 8 a half, and on the slope of the roofline it costs nothing.",
+        tolerance=1e-6,
+    )
+
+
+def check_06_7(answer: object) -> str:
+    """Operations a byte of a look-up in one pass: d = 4096, r = 16, bfloat16, ids of 8 bytes, without B."""
+    d, r = 4096, 16
+    operations, numbers = 2 * d * (r + 1), d + r + d
+    mistakes = {
+        operations / (8 + 2 * (d + r)): "the write is forgotten: the output's d numbers go to memory too.",
+        operations / (8 + 4 * numbers): "bfloat16 takes 2 bytes a number, not 4.",
+        operations / (8 + numbers): "that is operations a number. bfloat16 takes 2 bytes each.",
+        operations / (8 + 2 * 2 * d): "A's row is forgotten: r more numbers.",
+        operations / (2 * numbers): "nearly: the token's id has to be read too, 8 bytes.",
+        (8 + 2 * numbers) / operations: "that is bytes for each operation: turn it round.",
+        operations / 2 / (8 + 2 * numbers): "a multiplication and an addition are two operations.",
+        operations: "that is the operations a token. Divide by the bytes it moves.",
+    }
+    return judge(
+        7,
+        answer,
+        operations / (8 + 2 * numbers),
+        mistakes,
+        hint="the bytes: the id, a row of W, a row of A, and the row that is written.",
+        why="About r / 2. An H100's ridge, by its published figures, is at 295: bytes are all that counts.",
+        tolerance=1e-4,
+    )
+
+
+def check_06_8(answer: object) -> str:
+    """The entry of A, (V, 3), that lies 4 places behind the beginning of row 7."""
+    if answer is None:
+        return "Exercise 8: not attempted yet. Hint: in memory row 8 begins where row 7 ends."
+    try:
+        row, column = (int(each) for each in answer)
+    except (TypeError, ValueError):
+        return f"Exercise 8: the answer is a pair (row, column); got {answer!r}."
+    mistakes = {
+        (7, 4): "row 7 has columns 0, 1 and 2. What lies behind them?",
+        (8, 4): "row 8 has columns 0, 1 and 2 too.",
+        (1, 8): "that is (column, row).",
+        (8, 0): "that is k = 3, the first number behind the row.",
+        (11, 0): "that goes 4 rows on. k counts numbers, not rows.",
+        (11, 1): "that goes 4 rows on. k counts numbers, not rows.",
+        (7, 1): "the address doesn't wrap round within the row; it goes on into the next.",
+    }
+    if (row, column) == divmod(7 * 3 + 4, 3):
+        return "Exercise 8: right. The next token's second coordinate, and nothing says that it is wrong."
+    if diagnosis := mistakes.get((row, column)):
+        return f"Exercise 8: not yet: {diagnosis}"
+    return f"Exercise 8: not yet: ({row}, {column}). Hint: the numbers lie at 7 · 3 + k; divide by 3."
+
+
 class _Largest(TorchDispatchMode):
     """Remembers how many numbers the largest tensor had that an operation really made (no view)."""
 

@@ -60,6 +60,27 @@ CASES = [
     (5, lambda t, W, A, B, s: None, "return its result"),
     (5, lambda t, W, A, B, s: W, "(2, 5, 6)"),
     (5, 8, "is a function"),
+    (6, 0.375, "right"),
+    (6, 20 / 32, "share that is used"),
+    (6, 0.6, "of all R"),
+    (6, 37.5, "per cent"),
+    (6, 44 / 64, "32 is enough"),
+    (6, "half", "one number"),
+    (7, 2 * 4096 * 17 / (8 + 2 * (4096 + 16 + 4096)), "right"),
+    (7, 2 * 4096 * 17 / (8 + 2 * (4096 + 16)), "the write is forgotten"),
+    (7, 2 * 4096 * 17 / (8 + 4 * (4096 + 16 + 4096)), "2 bytes a number"),
+    (7, 2 * 4096 * 17 / (8 + 4 * 4096), "A's row"),
+    (7, 4096 * 17 / (8 + 2 * (4096 + 16 + 4096)), "two operations"),
+    (7, float("nan"), "not yet"),
+    (8, (8, 1), "right"),
+    (8, [8, 1], "right"),
+    (8, torch.tensor([8, 1]), "right"),
+    (8, (7, 4), "What lies behind"),
+    (8, (8, 0), "k = 3"),
+    (8, (11, 1), "not rows"),
+    (8, (1, 8), "(column, row)"),
+    (8, (2, 2), "divide by 3"),
+    (8, 25, "a pair"),
 ]
 
 
@@ -75,7 +96,7 @@ def test_each_answer_gets_the_reply_it_deserves(number, answer, reply):
     assert reply in said
 
 
-@pytest.mark.parametrize("number", range(1, 6))
+@pytest.mark.parametrize("number", range(1, 9))
 def test_an_open_exercise_gets_a_hint(number):
     assert check(number)(None).startswith(f"Exercise {number}: not attempted yet. Hint: ")
 
@@ -97,3 +118,8 @@ def test_the_answers_are_what_a_layer_does():
     layer(torch.arange(5)).square().sum().backward()
     layer.lora_B.data -= 0.1 * layer.lora_B.grad
     assert ": right." in check(3)(int((layer.delta_weight() != 0).any(dim=1).sum()))
+
+
+def test_exercise_8_is_what_the_memory_holds():
+    table = torch.arange(60.0).reshape(20, 3)
+    assert ": right." in check(8)((table == table.flatten()[7 * 3 + 4]).nonzero()[0])

@@ -5,19 +5,19 @@ import functools
 import pytest
 import torch
 
-from lora_edu.explore import bytes_moved, first_step
-from lora_edu.explore.lora_embedding import first_move, short, traffic
+from lora_edu.explore import bytes_moved, first_step, roofline
+from lora_edu.explore.lora_embedding import first_move, look_up_bytes, look_up_operations, short, traffic
 
 
 @functools.cache
 def drawn(make):
-    if make is bytes_moved:
+    if make in (bytes_moved, roofline):
         return make()
     generator = torch.Generator().manual_seed(0)
     return make(*(torch.randn(shape, generator=generator) for shape in ((300, 100), (100, 100))))
 
 
-@pytest.mark.parametrize("make", [bytes_moved, first_step])
+@pytest.mark.parametrize("make", [bytes_moved, first_step, roofline])
 def test_pictures_are_whole_and_within_the_budget(make):
     explorer = drawn(make)
     assert len(explorer.pictures) <= 60 and explorer.bytes <= 500_000
@@ -45,3 +45,12 @@ def test_only_the_dense_ways_grow_with_the_vocabulary(vocabulary, tokens):
 
 def test_bytes_read_as_one_expects():
     assert [short(n) for n in (840, 999_600, 4_210_000, 2.5e9)] == ["0.84 kB", "1 MB", "4.21 MB", "2.5 GB"]
+
+
+def test_a_look_up_does_half_the_rank_in_operations_a_byte_and_one_pass_moves_a_quarter():
+    for rank in (4, 16, 64):
+        moved = look_up_bytes(65_536, 4096, rank)
+        intensity = look_up_operations(65_536, 4096, rank) / moved["one pass"]
+        assert abs(intensity / ((rank + 1) / 2) - 1) < 0.02
+        assert 3.9 < moved["loralib, PEFT"] / moved["one pass"] < 4.01
+        assert moved["one pass"] < moved["PyTorch, ours"] < moved["loralib, PEFT"]
