@@ -292,7 +292,7 @@ SHORT = 100  # steps of the runs that compare settings with one another
 SIZES = {"all": 2_728_000, "blocks": 727_800}
 DIMENSIONS = {
     "all": (1_000, 10_000, 100_000, 1_000_000),
-    "blocks": (1_000, 10_000, 100_000, SIZES["blocks"]),
+    "blocks": (10_000, 100_000, SIZES["blocks"]),
 }
 WEIGHT_RATES = (3e-3, 6e-3)
 FROZEN_RATE = 1.2e-2
@@ -375,9 +375,9 @@ def subspaces() -> list[dict]:
         )
         for scope, dimensions in DIMENSIONS.items()
         for d in dimensions
-        for c in WEIGHT_RATES[: 2 if d >= SIZES[scope] / 30 else 1]
+        for c in WEIGHT_RATES[: 2 if d >= SIZES[scope] / 10 else 1]
     ]
-    frozen = [(1, "all"), (8, "all"), (64, "all"), (8, "blocks")]
+    frozen = [(8, "all"), (64, "all"), (8, "blocks")]
     return random + [run_of(method="frozen A", rank=r, targets=t, rate=FROZEN_RATE) for r, t in frozen]
 
 
