@@ -133,7 +133,7 @@ def check_02_4(answer: object) -> str:
     if not isinstance(got, Tensor | Sequence):
         return f"Exercise 4: not yet: it must return a tensor of d numbers; got {got!r}."
     try:
-        got = torch.as_tensor(got, dtype=torch.float32)
+        got = torch.as_tensor(got).detach().double()
     except (TypeError, ValueError, RuntimeError):
         return f"Exercise 4: not yet: it must return a tensor of d numbers; got {got!r}."
     if tuple(got.shape) != (d,):
@@ -141,8 +141,10 @@ def check_02_4(answer: object) -> str:
             f"Exercise 4: not yet: Pᵀ g has one number a dial, ({d},); got {tuple(got.shape)}. "
             "Several weights on a dial have to be *added* there."
         )
-    sums = torch.zeros(d).index_add(0, dial, sign * g)
-    last = torch.zeros(d)
+    g, sign = g.double(), sign.double()
+    zeros = torch.zeros(d, dtype=torch.float64)
+    sums = zeros.index_add(0, dial, sign * g)
+    last = zeros.clone()
     last[dial] = sign * g
     near = lambda other: torch.allclose(got, other, atol=1e-5)
     if near(sums / counts.sqrt()):
@@ -158,7 +160,7 @@ def check_02_4(answer: object) -> str:
         )
     elif near(sums * counts.sqrt()):
         problem = "the root is upside down: P's entries are ±1/√n."
-    elif near(torch.zeros(d).index_add(0, dial, g) / counts.sqrt()):
+    elif near(zeros.index_add(0, dial, g) / counts.sqrt()):
         problem = "the signs are missing: a weight that turns backwards has a gradient that counts backwards."
     elif near(last / counts.sqrt()) or near(last):
         problem = (
