@@ -10,11 +10,12 @@
 # Low-rank adaptation from the singular value decomposition to the GPU. Every number in these chapters is computed
 # on your machine while you read, with no network and no graphics card; every slider answers at once.
 #
-# You should be able to read PyTorch and remember what a matrix product is. Where to begin: at the first chapter.
-# Each one says what it needs, and ends with exercises whose checks tell you what is wrong with an answer.
+# You should be able to read PyTorch and remember what a matrix product is. Begin with [Start here](00_start_here.ipynb),
+# five minutes long. Each chapter says what it needs, and ends with exercises whose checks tell you what is wrong with an answer.
 #
 # | chapter | afterwards you can | minutes to read | to run |
 # | --- | --- | --- | --- |
+# | [00 · Start here](00_start_here.ipynb) ([solutions](solutions/00_start_here.ipynb)) | say what LoRA is and where it stands among the ways to tune a model, load an adapter, see it change a model, merge it, find your way through the series | 5 | 1 |
 # | [01 · Low rank](01_low_rank.ipynb) ([solutions](solutions/01_low_rank.ipynb)) | define rank, read a spectrum, state and check Eckart–Young, tell structured matrices from random ones, know when to use a randomised SVD | 40 | 1 |
 # | [03 · What fine-tuning changes](03_finetuning_deltas.ipynb) ([solutions](solutions/03_finetuning_deltas.ipynb)) | compute ΔW between two checkpoints, say how much of the behaviour each rank keeps, compare runs by subspace, tell rounding and rare rows from signal, do it all on two checkpoints of your own | 60 | 2 |
 # | [04 · Counting](04_counting.ipynb) ([solutions](solutions/04_counting.ipynb)) | count the parameters, bytes and FLOPs of LoRA for any shape and rank, find the rank from which on it saves nothing, recompute the LoRA paper's counts, predict the memory of a training step and check it | 45 | 1 |
