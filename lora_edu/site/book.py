@@ -44,16 +44,20 @@ def shows_explorers(notebook: NotebookNode) -> bool:
     )
 
 
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
 def key(notebook: NotebookNode) -> str:
-    """A hash of all that decides what a notebook shows when it runs."""
+    """A hash of all that decides what a notebook's code shows when it runs."""
     whole = hashlib.sha256(f"{sys.version_info[:2]} {[version(name) for name in LIBRARIES]}".encode())
     package = REPOSITORY / "lora_edu"
     for path in sorted(package.rglob("*.py")):
         if path.parent.name != "site":
             whole.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     whole.update((REPOSITORY / "data" / "MANIFEST.json").read_bytes())
-    for cell in notebook.cells:
-        whole.update(f"{cell.cell_type}\n{cell.source}\n".encode())
+    for cell in code_cells(notebook):
+        whole.update(f"{cell.source}\n".encode())
     return whole.hexdigest()[:16]
 
 
@@ -82,6 +86,14 @@ def stored(edition: Edition) -> NotebookNode:
     return nbformat.read(edition.path, as_version=4)
 
 
+def with_results(notebook: NotebookNode, ran: NotebookNode) -> NotebookNode:
+    """The notebook with what its code showed in an earlier run; the text may have changed since."""
+    for cell, done in zip(code_cells(notebook), code_cells(ran), strict=True):
+        cell.outputs = done.outputs
+    notebook.metadata = ran.metadata
+    return notebook
+
+
 def gather(
     editions: Sequence[Edition], alive: set[str] | None, jobs: int, runs: Path
 ) -> dict[str, NotebookNode]:
@@ -90,6 +102,7 @@ def gather(
     alive: the names of those that may run (default: all); what is shown of the others is what is stored.
     """
     results, kept = {}, {}
+    by_name = {edition.name: edition for edition in editions}
     for edition in editions:
         if shows_explorers(edition.notebook) and (alive is None or edition.name in alive):
             kept[edition.name] = runs / f"{edition.name.replace('/', '-')}-{key(edition.notebook)}.ipynb"
@@ -103,7 +116,7 @@ def gather(
             for edition, took in zip(missing, seconds, strict=True):
                 print(f"  {edition.name}: {took:.0f} s", flush=True)
     for name, path in kept.items():
-        results[name] = nbformat.read(path, as_version=4)
+        results[name] = with_results(by_name[name].notebook, nbformat.read(path, as_version=4))
         for older in set(runs.glob(f"{name.replace('/', '-')}-*.ipynb")) - {path}:
             if re.fullmatch(r"-[0-9a-f]{16}", older.stem.removeprefix(name.replace("/", "-"))):
                 older.unlink()
@@ -132,6 +145,7 @@ def make_pages(results: Mapping[str, NotebookNode]) -> dict[str, pages.Page]:
 def lay_out(made: Mapping[str, pages.Page], work: Path) -> Path:
     """Has Sphinx make the book in `work`; a warning of Sphinx is an error. Returns the folder of the HTML."""
     from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace, patch_docutils
 
     source, output = work / "source", work / "html"
     for name, page in made.items():
@@ -140,16 +154,6 @@ def lay_out(made: Mapping[str, pages.Page], work: Path) -> Path:
     shutil.copytree(HERE / "static", static)
     shutil.copyfile(widgets_script(), static / "widgets.js")
     warnings = io.StringIO()
-    book = Sphinx(
-        str(source),
-        str(HERE),
-        str(output),
-        str(work / "doctrees"),
-        "html",
-        confoverrides={"html_static_path": [str(static)]},
-        status=None,
-        warning=warnings,
-    )
 
     def finish_page(app, name, template, context, doctree) -> None:
         # the theme says that its captions are headings, and not of which level
@@ -160,8 +164,19 @@ def lay_out(made: Mapping[str, pages.Page], work: Path) -> Path:
             for file in SCRIPTS:
                 app.add_js_file(file, loading_method="defer")
 
-    book.connect("html-page-context", finish_page, priority=900)  # after the theme
-    book.build()
+    with patch_docutils(str(HERE)), docutils_namespace():  # else a second book in this process would warn
+        book = Sphinx(
+            str(source),
+            str(HERE),
+            str(output),
+            str(work / "doctrees"),
+            "html",
+            confoverrides={"html_static_path": [str(static)]},
+            status=None,
+            warning=warnings,
+        )
+        book.connect("html-page-context", finish_page, priority=900)  # after the theme
+        book.build()
     if warnings.getvalue().strip():
         raise ValueError(f"Sphinx is not content:\n{warnings.getvalue().strip()}")
     if any('class="math' in page.read_text(encoding="utf-8") for page in output.rglob("*.html")):
