@@ -10,8 +10,9 @@
 # Low-rank adaptation from the singular value decomposition to the GPU. Every number in these chapters is computed
 # on your machine while you read, with no network and no graphics card; every slider answers at once.
 #
-# You should be able to read PyTorch and remember what a matrix product is. Begin with [Start here](00_start_here.ipynb),
-# five minutes long. Each chapter says what it needs, and ends with exercises whose checks tell you what is wrong with an answer.
+# You should be able to read PyTorch and remember what a matrix product is. Begin with
+# [Start here](00_start_here.ipynb): it takes five minutes. Each chapter says what it needs, and ends with exercises
+# whose checks tell you what is wrong with an answer.
 #
 # | chapter | afterwards you can | minutes to read | to run |
 # | --- | --- | --- | --- |
