@@ -427,7 +427,7 @@ def to_scale(axes: Axes, rows: int, columns: int, rank: int, strips: int = 10) -
 
 @style()
 def page_of_text(
-    axes: Axes, text: str, title: str = "", given: str = "", columns: int = 58, lines: int = 14
+    axes: Axes, text: str, title: str = "", given: str = "", columns: int = 52, lines: int = 13
 ) -> list[Text]:
     """Text as it stands, in letters of one width, from the top left; `given` is how it begins, in blue.
 
@@ -443,11 +443,11 @@ def page_of_text(
     axes.set(xticks=[], yticks=[], title=title, facecolor="#f4f4f4")
     axes.spines[:].set_visible(False)
     axes.grid(False)
-    look = {"family": "DejaVu Sans Mono", "size": 8.2, "parse_math": False}
+    look = {"family": "DejaVu Sans Mono", "size": 9.2, "parse_math": False}
     place = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
     rest = [" " * len(given) + shown[0][len(given) :], *shown[1:lines]]
     return [
-        axes.annotate(words, xytext=(6, -13 - 10.6 * row), color=colour, **place, **look)
+        axes.annotate(words, xytext=(6, -14 - 11.8 * row), color=colour, **place, **look)
         for row, words, colour in [(0, given, BLUE), *((row, line, BLACK) for row, line in enumerate(rest))]
         if words.strip()
     ]

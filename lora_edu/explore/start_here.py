@@ -52,7 +52,7 @@ def what_each_rank_writes(
         draw,
         {"r": list(texts)},
         start={"r": 8},
-        size=(7.2, 2.9),
+        size=(7.2, 3.1),
         labels={"r": "rank r"},
         formats={"r": lambda r: str(r) if r else "0 (the base)"},
         colours=32,

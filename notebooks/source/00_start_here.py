@@ -36,9 +36,9 @@ from lora_edu.training import evaluate
 #
 # > *h* = *W* *x* + *s* · *B* *A* *x*
 #
-# *A* makes *r* numbers of *x*, *B* makes the update of *h* out of them. *r* is the **rank**, *s* a fixed number. Here is
-# the last layer of the model we are about to load, with *r* = 8 and every length to one scale. (*W* and *B* are too tall
-# for the page: each is cut into ten pieces, laid side by side.)
+# *A* turns *x* into *r* numbers, and *B* turns these into a change of *h*. *r* is the **rank**, *s* a fixed number. Here
+# is the last layer of the model we are about to load, with *r* = 8 and every length to one scale. (*W* and *B* are too
+# tall for the page: each is cut into ten pieces, laid side by side.)
 
 # %%
 figure, axes = plots.subplots(size=(7.2, 3.0))
@@ -77,7 +77,7 @@ print(f"held-out docstrings: {before:.2f} nats a token, with the adapter {after:
 assert before > 5.8 and after < 4.3 and before - after > 1.61
 
 # %% [markdown]
-# More than 1.6 nats less: in the geometric mean, the right token has become five times as likely (e^1.6 = 5). What does
+# More than 1.6 nats less: in the geometric mean, the right token has become five times as likely (e^1.6 ≈ 5). What does
 # that look like? **Predict**: how will each of the two go on after `Return the array`?
 
 # %% tags=["setup", "nbval-ignore-output"]
@@ -122,7 +122,7 @@ assert like_manual["the base"] < 0.4 < 0.6 < like_manual["with the adapter"]
 assert like_code["the base"] > like_code["with the adapter"] + 0.15
 
 # %% [markdown]
-# No luck. And the base is still in there, to the last bit:
+# It was not luck. And the base is still in there, to the last bit:
 
 # %%
 head, x = tuned.head, torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
@@ -177,7 +177,7 @@ for r in (1, 2, 4, 8, 16):
     adapted = load_adapter(TinyLM.from_state_dict(base), adapter_folder(f"reference_r{r}"))
     texts[r], losses[r] = write(adapted), evaluate(adapted, held_out)
     sizes[r] = (adapter_folder(f"reference_r{r}") / "adapter_model.safetensors").stat().st_size
-full = best(load_sweeps(), method="full", text="reference", steps=200)["test"]
+full = best(load_sweeps(), method="full", text="reference", steps=200)["test"]  # recorded
 gain = {r: (before - loss) / (before - full) for r, loss in losses.items()}
 for r in sizes:
     print(f"r = {r:2}: {losses[r]:.1f} nats a token, {gain[r]:.0%} of full tuning's gain")
@@ -189,13 +189,14 @@ assert full < losses[16] < before
 explore.what_each_rank_writes(prompt, texts, losses, sizes, full=(base_bytes, full))
 
 # %% [markdown]
-# Move the slider (drag it, or click it and use the arrow keys). One rank alone, a file of 71 kB, goes about two thirds of
-# the way, and each doubling adds a few per cent. Why is so little enough? Because the change is of low rank? (No, says
-# chapter 03.) Then why? That is what the series is about. Each dot is one run; chapter 07 has several seeds.
+# Move the slider: drag it, or click it and use the arrow keys. (The red square is full tuning.) One rank alone, a file of
+# 71 kB, goes about two thirds of the way, and each doubling adds a few per cent. Why is so little enough? Because full
+# tuning's change is of low rank? (No, says chapter 03.) Then why? That is what the series is about. Each dot is one run;
+# chapter 07 has several seeds.
 #
 # ## 5 · Where LoRA stands
 #
-# Ways to tune a few numbers instead of all come in two families. LoRA belongs to neither:
+# Most ways to train few numbers instead of all are of two families, and LoRA belongs to neither:
 #
 # | | what is trained | what is left at inference |
 # | --- | --- | --- |
@@ -226,7 +227,7 @@ explore.what_each_rank_writes(prompt, texts, losses, sizes, full=(base_bytes, fu
 # | What does full tuning change in the weights? Is the change of low rank? | [03 · What fine-tuning changes](03_finetuning_deltas.ipynb) |
 # | Why is *r* so much smaller than the matrix? What do I save: parameters, memory, time? | [04 · Counting](04_counting.ipynb) |
 # | How do I write it? What does a step of *A* and *B* do? What are *s* and alpha? | [05 · LoRA for a linear layer](05_lora_linear.ipynb) |
-# | And for an embedding, where nothing is multiplied? | [06 · LoRA for an embedding](06_lora_embedding_gpu.ipynb) |
+# | And for an embedding, where nothing is multiplied? What does a GPU make of it? | [06 · LoRA for an embedding](06_lora_embedding_gpu.ipynb) |
 # | Which *r*, alpha, learning rate and layers? Is it as good as full tuning? What is forgotten? | [07 · Train with LoRA](07_train_with_lora.ipynb) |
 #
 # They are written to be read in order, and each says what it needs. With one evening only, take 05 and 07. What this

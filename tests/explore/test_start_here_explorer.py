@@ -25,7 +25,7 @@ def drawn():
 
 
 def page(text, given="", **options):
-    figure, axes = plots.subplots(size=(4.5, 2.9))
+    figure, axes = plots.subplots(size=(4.5, 3.1))
     plots.page_of_text(axes, text, given=given, **options)
     plots.to_png(figure)
     return figure, [words.get_text() for words in axes.texts]
@@ -59,8 +59,8 @@ def test_a_page_shows_the_words_that_it_is_given_and_nothing_of_them_as_a_formul
 
 @pytest.mark.parametrize("text", [TEXTS[8], TEXTS[16], "x" * 5000, "\n" * 50, ""])
 def test_a_page_holds_what_fits(text):
-    figure, lines = page(text, lines=14)
-    assert len(lines) <= 14 and all(len(line) <= 58 for line in lines)
+    figure, lines = page(text)
+    assert len(lines) <= 13 and all(len(line) <= 52 for line in lines)
     assert not plots.crowded(figure)
 
 
