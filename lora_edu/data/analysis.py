@@ -179,13 +179,20 @@ def usual_runs(rows: Iterable[Mapping]) -> list[Mapping]:
 
 
 def tuned_runs(rows: Iterable[Mapping]) -> dict[tuple[int | None, int], Mapping]:
-    """(rank, seed) → the row at the tuned rate, which is that of the runs whose seed is not 0; rank None: full."""
-    rows = usual_runs(rows)
-    rates = {row["rank"]: (row["rate"], row["embedding"]) for row in rows if row["seed"] > 0}
+    """(rank, seed) → the row at the tuned rate; rank None: full tuning.
+
+    The tuned rate is that of the runs whose seed is not 0; at a rank without such runs, the only rate that it was run at.
+    """
+    rows, rates = usual_runs(rows), {}
+    for row in rows:
+        rates.setdefault(row["rank"], {}).setdefault(row["seed"] > 0, set()).add(
+            (row["rate"], row["embedding"])
+        )
+    tuned = {rank: found.get(True, found.get(False)) for rank, found in rates.items()}
     return {
         (row["rank"], row["seed"]): row
         for row in rows
-        if rates.get(row["rank"]) == (row["rate"], row["embedding"])
+        if tuned[row["rank"]] == {(row["rate"], row["embedding"])}
     }
 
 

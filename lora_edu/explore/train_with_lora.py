@@ -49,7 +49,7 @@ def trained_and_truncated(
         curve.legend(loc="lower right")
         plots.plain_ticks(curve.xaxis, ranks)
         curve.axvline(r, color=plots.GREY, linewidth=1, linestyle=":")
-        curve.set_title("three seeds each; bands from lowest to highest")
+        curve.set_title("bands: from the lowest to the highest seed")
         values = [1.0, here["trained at r"], here["cut to r"]]
         colours = [plots.GREY, plots.BLUE, plots.VERMILION]
         plots.bars(beside, ["full", "trained", "cut"], values, colours, [f"{v:.0%}" for v in values])

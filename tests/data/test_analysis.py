@@ -120,7 +120,8 @@ def test_nothing_changed_is_no_intruder():
 def test_the_tuned_rate_is_that_of_the_later_seeds():
     rows = [row(rank=8, rate=rate) for rate in (0.003, 0.01)] + [row(rank=8, rate=0.01, seed=1)]
     rows += [row(method="full", rate=0.006), row(rank=8, rate=0.01, seed=1, text="manual")]
-    assert analysis.tuned_runs(rows) == {(8, 0): rows[1], (8, 1): rows[2]}
+    rows += [row(rank=1, rate=rate) for rate in (0.01, 0.03)]  # which of them is not known
+    assert analysis.tuned_runs(rows) == {(8, 0): rows[1], (8, 1): rows[2], (None, 0): rows[3]}
 
 
 def test_all_of_it_leaves_out_what_is_not_there():
