@@ -181,7 +181,7 @@ def usual_runs(rows: Iterable[Mapping]) -> list[Mapping]:
 def tuned_runs(rows: Iterable[Mapping]) -> dict[tuple[int | None, int], Mapping]:
     """(rank, seed) → the row at the tuned rate; rank None: full tuning.
 
-    The tuned rate is that of the runs whose seed is not 0; at a rank without such runs, the only one that it was run at.
+    The tuned rate is that of the runs whose seed is not 0; at a rank without such runs, the only one it was run at.
     """
     rows, rates = usual_runs(rows), {}
     for row in rows:
