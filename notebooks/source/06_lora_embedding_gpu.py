@@ -8,25 +8,31 @@
 # # 06 · LoRA for an embedding
 #
 # A layer that multiplies nothing and only looks things up: what is there to factorise? This chapter finds the matrix
-# product in the look-up, and then takes care never to compute it.
+# product in the look-up, takes care never to compute it, and ends with the kernel that does the rest in one pass over a
+# GPU's memory.
 #
 # **Afterwards you can** write LoRA for an embedding in a dozen lines, in anybody's letters; say which rows of the table
 # a step moves, and why `lora_A` starts at zero here and `lora_B` in a linear layer; read loralib's `Embedding` line by
 # line and know what torch's options do in it; count the bytes that a step has to move, and those that an
-# implementation does move; merge when the output layer shares the table, or know why not to.
+# implementation does move; merge when the output layer shares the table, or know why not to; place a look-up on a
+# card's roofline; read and change a fused Triton kernel, its masks and its padded rank.
 #
 # **You should know** LoRA for a linear layer (LoRA paper §4.1, or chapter 05), and how to count *A* and *B* (chapter
-# 04). **Time:** 45 minutes to read, one to run.
+# 04). **Time:** 75 minutes to read, two to run.
 #
-# Everything here runs on a CPU. Doing the whole look-up in one fused GPU kernel is not part of this chapter yet.
+# Everything here runs on a CPU. Sections 7 to 9 are about a GPU; without one, Triton's interpreter runs their kernels
+# in NumPy, and where there is no Triton either (it has wheels for Linux only) they show what was recorded.
 
 # %% tags=["setup"]
 import inspect
+import json
+import os
 import statistics
+import textwrap
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
-import loralib
-import peft
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -34,10 +40,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_edu import exercises, explore, plots
 from lora_edu.data import load_checkpoint, load_corpus
-from lora_edu.explore.lora_embedding import first_move, short, traffic
+from lora_edu.explore.lora_embedding import first_move, look_up_bytes, short, traffic
 from lora_edu.lora import LoRAEmbedding, add_lora, trainable_parameters
+from lora_edu.paths import REPOSITORY
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
+
+# %% tags=["setup"]
+if not torch.cuda.is_available():  # for section 8; Triton reads it when it is imported, and PEFT imports it
+    os.environ["TRITON_INTERPRET"] = "1"
+import loralib
+import peft
 
 # %% [markdown]
 # ## 1 · A look-up is a one-hot product
@@ -673,7 +686,368 @@ assert not torch.equal(model.embedding.weight, model.head.weight)
 # table while merged, and a model that must be saved as *untied*, or with its adapter apart. There is a third way, in
 # which both see *W* + Δ*W* from the start: then it has to be trained so, and a row never read still gets a gradient, from
 # the head's softmax.
+
+# %% [markdown]
+# ## 7 · From bytes to a roofline
 #
+# Back to the bytes. On a GPU the forward pass alone, in bfloat16, with *n* = 2*Nd*, *ρ* = 2*Nr*, *i* = 8*N* and *b* = 2*dr*:
+#
+# | | bytes |
+# | --- | --- |
+# | loralib, PEFT | 8*n* + 3*ρ* + 2*i* + *b* |
+# | ours in PyTorch | 6*n* + 5*ρ* + 2*i* + *b* |
+# | one pass | 2*n* + *ρ* + *i* + *b* |
+#
+# The last line reads each row once, keeps everything in registers, and writes the output once. First, is the table right?
+# `Watch` counts a forward pass of section 5's layers (in float32, so 4 bytes a number instead of 2).
+
+# %%
+paper = look_up_bytes(N, d, r, each=4)
+for name in ("loralib", "PEFT", "ours"):
+    with torch.no_grad(), Watch() as watch:
+        layers[name](tokens)
+    way = "PyTorch, ours" if name == "ours" else "loralib, PEFT"
+    assert abs(watch.moved / paper[way] - 1) < 0.02, (name, watch.moved, paper[way])
+    print(f"{name:8} {short(watch.moved)} watched, {short(paper[way])} on paper")
+print(f"one pass {short(paper['one pass'])}, to be had by a kernel only")
+
+# %% [markdown]
+# A card has two speeds: bytes a second, from and to its memory, and operations a second. A pass that moves *Q* bytes and
+# does *F* operations takes at least the larger of *Q* / bandwidth and *F* / peak. Drawn over *F* / *Q*, the **operations a
+# byte**, this is a roof: a slope where bytes set the time, a flat top where operations do, and between them the ridge.
+#
+# A look-up does 2*d*(*r* + 1) operations a token. **Predict**: in one pass, at *d* = 4096 and *r* = 16, how many is that
+# for each byte? On which side of the ridge is it, if that lies at some 300? And which rank would reach the ridge?
+
+# %%
+explore.roofline()
+
+# %% [markdown]
+# About *r* / 2 operations a byte: 2*dr* operations for 4*d* bytes. At every usual rank the look-up is on the slope, where
+# multiplying is free and moving is not, and the chain is on it as well: it does the same operations, and moves four times
+# the bytes. Only at *r* in the hundreds would the two meet the ridge.
+#
+# The figures of the cards are those that NVIDIA **publishes**; no kernel reaches them. And nothing in this picture was
+# **measured**: it says what cannot be beaten. (Section 9 says what has been measured so far.)
+#
+# ## 8 · The kernel, block by block
+#
+# A kernel is a program that the GPU runs many times at once; each run knows its number and nothing of the others. In
+# Triton a program works on *blocks*: it computes a block of addresses, loads them, computes, and stores. Our look-up
+# cuts the output (*N* tokens × *d* columns) into tiles of `BLOCK_T` × `BLOCK_D`, and gives a program one tile.
+#
+# 1. **Which tile?** From the program's number: tokens *t*, columns *c*.
+# 2. **Masks.** Blocks have sides that are powers of two, and *N*, *d* and *r* need not. What lies outside must be neither
+#    read nor written.
+# 3. **Gather.** The tokens' ids say which rows of *W* and *A* to load: addresses that the program has just loaded.
+# 4. **`tl.dot` on a padded rank.** The tensor cores multiply blocks of at least 16, so *r* = 3 is padded to 16, with zeros
+#    that a masked load gives.
+# 5. **Store**, once.
+#
+# Here is one program of it in plain PyTorch: 6 tokens, *d* = 10, tiles of 4 × 8. **Predict**: how many programs are there,
+# and what does number 3, the last, compute?
+
+# %%
+torch.manual_seed(8)
+V, d, r, s = 20, 10, 3, 2.0
+W, A, B = torch.randn(V, d), torch.randn(V, r), torch.randn(d, r)
+tokens = torch.tensor([3, 7, 3, 0, 19, 7])
+right = W[tokens] + s * A[tokens] @ B.T
+
+# %%
+BLOCK_T, BLOCK_D, program = 4, 8, 3  # change them
+columns = -(-d // BLOCK_D)  # rounded up
+t = program // columns * BLOCK_T + torch.arange(BLOCK_T)
+c = program % columns * BLOCK_D + torch.arange(BLOCK_D)
+mask = (t < len(tokens))[:, None] & (c < d)
+token = tokens[t.clamp(max=len(tokens) - 1)]  # a masked load reads nothing; here: something harmless
+tile = W[token][:, c.clamp(max=d - 1)] + s * A[token] @ B[c.clamp(max=d - 1)].T
+print("programs:", columns * -(-len(tokens) // BLOCK_T))
+print(
+    f"this one: tokens {t.tolist()}, columns {c.tolist()}; {int(mask.sum())} of {mask.numel()} places are real"
+)
+places = mask.nonzero(as_tuple=True)
+assert torch.allclose(tile[places], right[t[places[0]], c[places[1]]], atol=1e-6)
+
+# %% [markdown]
+# Four places of 32 are real: at the edge a tile is mostly outside. Now the same in Triton, all five steps. (If Triton is
+# not installed, the next cell defines something that is never run.)
+
+# %%
+try:
+    import triton
+    import triton.language as tl
+
+    from lora_edu.lora import triton_kernels as kernels
+except ImportError:
+    triton, tl, kernels = None, SimpleNamespace(constexpr=None), None
+jit = triton.jit if triton else lambda function: function
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def interpreted(run, recorded):
+    """What run() says; without Triton what it said when this notebook was built, and one line that tells so."""
+    if triton is None:
+        return (
+            "No Triton here, it has wheels for Linux only. Recorded with Triton's interpreter:\n" + recorded
+        )
+    return run()
+
+
+# %%
+@jit
+def look_up_kernel(
+    tokens, W, A, B, out, N, d, s, r: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, RANK_MASK: tl.constexpr = True, BATCH_MASK: tl.constexpr = True,
+):  # fmt: skip
+    columns = tl.cdiv(d, BLOCK_D)
+    t = tl.program_id(0) // columns * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(0) % columns * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, R)
+    in_batch, in_row, in_rank = t < N, c < d, k < r
+    if not BATCH_MASK:
+        in_batch = t >= 0
+    if not RANK_MASK:
+        in_rank = k >= 0
+
+    token = tl.load(tokens + t, mask=in_batch, other=0)
+    w = tl.load(W + token[:, None] * d + c, mask=in_batch[:, None] & in_row, other=0.0)
+    a = tl.load(A + token[:, None] * r + k, mask=in_batch[:, None] & in_rank, other=0.0)
+    b = tl.load(B + c * r + k[:, None], mask=in_rank[:, None] & in_row, other=0.0)
+    update = tl.dot(a, b, input_precision="ieee")
+    tl.store(out + t[:, None] * d + c, w + s * update, mask=in_batch[:, None] & in_row)
+
+
+# %% [markdown]
+# Read it against the list: the program's number gives *t* and *c*; three masks; the ids, then rows at addresses made from
+# them; `tl.dot` on *R* ≥ *r* columns; one store. `W + token[:, None] * d + c` is a block of addresses: a row a token.
+
+
+# %%
+def launch(tokens, W, A, B, out, BLOCK_T=16, BLOCK_D=16, **masks):
+    """Fills out; returns the number of programs."""
+    (d, r), R = B.shape, max(16, triton.next_power_of_2(B.shape[1]))
+    programs = triton.cdiv(len(tokens), BLOCK_T) * triton.cdiv(d, BLOCK_D)
+    look_up_kernel[(programs,)](tokens, W, A, B, out, len(tokens), d, s, r, R, BLOCK_T, BLOCK_D, **masks)
+    return programs
+
+
+def first_run():
+    inputs = [each.to(device) for each in (tokens, W, A, B)]
+    out = torch.empty(len(tokens), d, device=device)
+    programs = launch(*inputs, out)
+    return f"{programs} program; equal to PyTorch: {torch.allclose(out.cpu(), right, atol=1e-5)}"
+
+
+# %% tags=["nbval-ignore-output"]
+recorded = "1 program; equal to PyTorch: True"
+print(said := interpreted(first_run, recorded))
+assert said.endswith(recorded)
+
+# %% [markdown]
+# ### Change a block size
+#
+# **Predict**: 100 tokens, *d* = 40. Which tile wastes least? Which gives the GPU most programs to spread over its (say) 132
+# multiprocessors? Change the tiles and see; the result must not change.
+
+
+# %%
+def try_tiles(tiles=((16, 16), (16, 64), (64, 32), (128, 128))):
+    torch.manual_seed(9)
+    W, B, tokens = torch.randn(V, 40), torch.randn(40, r), torch.randint(V, (100,))
+    right, lines = W[tokens] + s * A[tokens] @ B.T, []
+    for BLOCK_T, BLOCK_D in tiles:
+        out = torch.empty(100, 40, device=device)
+        programs = launch(*(each.to(device) for each in (tokens, W, A, B)), out, BLOCK_T, BLOCK_D)
+        idle = 1 - 100 * 40 / (programs * BLOCK_T * BLOCK_D)
+        equal = torch.allclose(out.cpu(), right, atol=1e-5)
+        lines.append(
+            f"{BLOCK_T:3} × {BLOCK_D:3}: {programs:2} programs, {idle:3.0%} of places idle, equal: {equal}"
+        )
+    return "\n".join(lines)
+
+
+# %% tags=["nbval-ignore-output"]
+recorded = """\
+ 16 ×  16: 21 programs, 26% of places idle, equal: True
+ 16 ×  64:  7 programs, 44% of places idle, equal: True
+ 64 ×  32:  4 programs, 51% of places idle, equal: True
+128 × 128:  1 programs, 76% of places idle, equal: True"""
+print(said := interpreted(try_tiles, recorded))
+assert said.endswith(recorded)
+
+# %% [markdown]
+# Idle places cost no bytes, as a masked load fetches nothing, but registers and time. Small tiles waste less and load *B*'s
+# rows more often: it is a choice to be measured, on a card. For *d* = 4096 and bfloat16 the package takes 64 × 128.
+#
+# ### Break a mask
+#
+# Two ways to be wrong. Leave out the mask on the **rank**, and a token's *r* numbers are followed by whatever comes next in
+# memory. **Predict** what that is, for *A* and for *B*. Leave out the mask on the **batch**, and the kernel writes behind the
+# end of the output. So that nothing is harmed, all tensors below lie in larger ones of our own.
+
+
+# %%
+def break_rank_mask():
+    room_A, room_B = torch.zeros(V * r + 16), torch.zeros(d * r + 16)
+    room_A[: V * r], room_B[: d * r] = A.flatten(), B.flatten()
+    inputs = [each.to(device) for each in (tokens, W, room_A, room_B)]
+    out = torch.empty(len(tokens), d, device=device)
+    launch(*inputs[:3], inputs[3][: d * r].view(d, r), out, RANK_MASK=False)
+    rows = room_A.unfold(0, 16, r)[tokens]  # 16 numbers from where the token's row begins
+    wrong = W[tokens] + s * rows @ room_B.unfold(0, 16, r)[:d].T
+    explained = torch.allclose(out.cpu(), wrong, atol=1e-4)
+    return (
+        f"right: {torch.allclose(out.cpu(), right, atol=1e-4)}; the neighbours' rows explain it: {explained}"
+    )
+
+
+def break_batch_mask():
+    memory, ids = torch.full((16, d), -1.0, device=device), torch.zeros(16, dtype=torch.long)
+    ids[: len(tokens)] = tokens
+    launch(ids.to(device)[: len(tokens)], *(each.to(device) for each in (W, A, B)), memory, BATCH_MASK=False)
+    kept = torch.allclose(memory[: len(tokens)].cpu(), right, atol=1e-5)
+    overwritten = int((memory[len(tokens) :] != -1).sum())
+    return f"the output is right: {kept}; {overwritten} numbers behind its end are overwritten"
+
+
+# %% tags=["nbval-ignore-output"]
+recorded = """\
+right: False; the neighbours' rows explain it: True
+the output is right: True; 100 numbers behind its end are overwritten"""
+print(said := interpreted(lambda: f"{break_rank_mask()}\n{break_batch_mask()}", recorded))
+assert said.endswith(recorded)
+
+# %% [markdown]
+# **Why.** Row 7 of *A* is followed by row 8, that by row 9: the padded product took the coordinates of more than five tokens
+# for one's. To mask only *A* or only *B* would do, as 0 times anything is 0, until the other one reads a NaN: 0 · NaN is
+# NaN. The second mistake is worse, because the output looks right: some other tensor has lost its numbers.
+#
+# ### The package's kernel
+#
+# It is these five steps, and what the real world adds. Its source as installed:
+
+# %%
+source = Path(inspect.getfile(LoRAEmbedding)).with_name("triton_kernels.py").read_text(encoding="utf-8")
+forward = source[source.index("def forward_kernel(") : source.index("@triton.jit\ndef backward_kernel(")]
+body = forward[forward.index("    column_blocks = ") :].rstrip()
+print(textwrap.dedent(body))
+
+# %% [markdown]
+# What it has more than ours: offsets of 64 bits, as a table of 256 000 × 16 384 has more than 2³¹ numbers; the rank in
+# pieces of 16 or 32, so that *r* = 256 still fits into the registers; sums in float32 whatever the dtype, rounded once, at
+# the store; the padding row, for which *A* is not read; and an unknown id, which reads nothing and makes its row **NaN**.
+#
+# The last is for CUDA. A CPU's look-up refuses an id outside the vocabulary. On a GPU nobody looks, unless one asks for
+# it: `LoRAEmbedding(check_tokens=True)`, the default, looks first and raises an error that names the id. That is a
+# pass over the ids and a wait for the GPU; without it (`check_tokens=False`, for `torch.compile` and CUDA graphs) a wrong
+# id gives NaN and never another row's numbers.
+
+
+# %%
+def package_run():
+    torch.manual_seed(10)
+    W, A, B = torch.randn(50, 130), torch.randn(50, 20), torch.randn(130, 20)
+    tokens, lines = torch.randint(50, (4, 25)), []
+    for dtype, bound in ((torch.float64, 1e-15), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        w, a, b = (each.to(device, dtype) for each in (W, A, B))
+        out = kernels.look_up(tokens.to(device), w, a, b, s).cpu().double()
+        exact = w.cpu().double()[tokens] + s * a.cpu().double()[tokens] @ b.cpu().double().T
+        apart = float((out - exact).abs().max() / exact.abs().max())
+        lines.append(f"{dtype}: {'within' if apart < bound else 'NOT within'} {bound:g} of float64")
+    odd = kernels.look_up(torch.tensor([1, 50], device=device), w, a, b, s)
+    return "\n".join([*lines, f"unknown token 50: NaN {odd.isnan().any(1).tolist()}"])
+
+
+# %% tags=["nbval-ignore-output"]
+recorded = """\
+torch.float64: within 1e-15 of float64
+torch.float32: within 1e-06 of float64
+torch.bfloat16: within 0.01 of float64
+unknown token 50: NaN [False, True]"""
+print(said := interpreted(package_run, recorded))
+assert said.endswith(recorded)
+
+# %% [markdown]
+# ## 9 · The way back
+#
+# With *G*, the gradient of the output, the backward pass needs two products: the rows *s* · *G B* for *A*, and *s* · *G*ᵀ
+# *A*[tokens] for *B*. PyTorch does one after the other, and reads *G* twice. **Predict**: what must a program keep in its
+# registers to read *G* only once?
+#
+# Ours owns `BLOCK_D` *columns* of *G* and walks down its share of the tokens. It has loaded these columns' rows of *B*
+# before it starts, and it keeps *their* gradient in registers until it has arrived: that is all of *B*'s part. Each block
+# of tokens that it passes gives a piece of the rows for *A*, over these columns only; other programs add theirs.
+#
+# 'Add theirs' hides a choice. Additions by whoever comes first (*atomic*) are fast, need no memory, and come in another
+# order each time. And in floating-point numbers order matters:
+
+# %%
+big, one = torch.tensor(1e8), torch.tensor(1.0)
+print("(big + 1) − big =", float((big + one) - big), "  (big − big) + 1 =", float((big - big) + one))
+assert (big + one) - big != (big - big) + one
+
+# %% [markdown]
+# So `lora_embedding(…, deterministic=True)` lets each program write a result of its own, to be summed in a fixed order
+# afterwards: the same bits every time, for more memory.
+#
+# The rows are then brought home: token 3 may stand in 65 536 places, and its row in *A*'s gradient is the sum over them. If
+# all of them added to that one row by atomic additions, they would queue for it. Sorting the ids first, and
+# summing neighbours in a fixed order, takes as long for one token as for many; PyTorch has that operation, and a (*N*, *r*)
+# array is small. With `sparse=True` even this is left to the optimiser.
+
+
+# %%
+def gradients_run():
+    torch.manual_seed(11)
+    tokens, G = torch.randint(V, (200,)), torch.randn(200, d)
+    given = [each.to(device) for each in (G, tokens, A, B)]
+    lines = []
+    for deterministic in (False, True):
+        rows, dB = (each.cpu() for each in kernels.gradients(*given, s, deterministic=deterministic))
+        dA = torch.zeros(V, r).index_add(0, tokens, rows)
+        a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
+        (W[tokens] + s * a[tokens] @ b.T).backward(G)
+        equal = torch.allclose(dA, a.grad, atol=1e-4), torch.allclose(dB, b.grad, atol=1e-4)
+        lines.append(f"deterministic={deterministic}: A's gradient {equal[0]}, B's {equal[1]}")
+    return "\n".join(lines)
+
+
+# %% tags=["nbval-ignore-output"]
+recorded = """\
+deterministic=False: A's gradient True, B's True
+deterministic=True: A's gradient True, B's True"""
+print(said := interpreted(gradients_run, recorded))
+assert said.endswith(recorded)
+
+# %% [markdown]
+# ### Measured?
+#
+# No GPU could be had when this was written. So **no figure of these kernels' speed has been measured yet**, and none
+# stands here. What has been checked without a GPU: the same source, on Triton's interpreter, agrees with float64 in
+# hundreds of cases (shapes, dtypes, options); and Triton compiles it for an H100 into machine code that spills no register
+# and uses the tensor cores for half precision (`tests/lora/compiled_kernels.py` prints what each kernel takes). What has
+# to be measured: the share of a copy's speed, the time beside loralib, PEFT and `torch.compile`, and what
+# `check_tokens` costs.
+
+# %% tags=["nbval-ignore-output"]
+record = REPOSITORY / "benchmarks" / "results" / "gpu_embedding.json"
+if record.exists():
+    measured = json.loads(record.read_text(encoding="utf-8"))
+    assert measured["rows"] and measured["date"]
+    print(f"Recorded on {measured['device']}, {measured['date']}, by {measured['command']}:")
+    for row in measured["rows"][:6]:
+        share = row["least_bytes"] / row["median_s"] / measured["copy_bytes_per_s"]
+        print(
+            f"{row['way']:18} {row['measure']:8} {1e3 * row['median_s']:.2f} ms, {share:.0%} of a copy's speed"
+        )
+else:
+    print(
+        "No GPU figure has been measured yet. With a CUDA device, in the course's folder, this measures them:"
+    )
+    print("python benchmarks/gpu_embedding.py")
+
+# %% [markdown]
 # ## What to remember
 #
 # - A look-up is a one-hot product. **Δ*W* = *s* · (*BA*)ᵀ** for a (*V*, *d*) table; row *t* is ***s* · `lora_A`[*t*]
@@ -686,6 +1060,11 @@ assert not torch.equal(model.embedding.weight, model.head.weight)
 #   there: `max_norm` rewrites *W* and *A*, `sparse` crashes.
 # - A dense gradient moves 6*T* (or 4*T*) bytes a step, *T* = 4*Vr*. A sparse one moves none of them.
 # - Tied table: merging into it changes the head. Refuse, or keep two tables.
+# - A look-up does about *r* / 2 operations a byte, far below a card's ridge: **bytes are the time**, and one pass moves a
+#   quarter of the chain's.
+# - A Triton program computes one tile: masks for what lies outside, a gather by ids, `tl.dot` on a padded rank, one
+#   store. A mask left out reads a neighbour's numbers, or overwrites them.
+# - In the backward pass a program owns columns of *G*; sums of many programs need atomic additions, or a fixed order.
 #
 # ## Exercises
 #
@@ -763,6 +1142,43 @@ def look_up(tokens, W, lora_A, lora_B, scaling):
 
 print(exercises.check_06_5(look_up))
 
+# %% [markdown] tags=["exercise"]
+# **6.** Section 8's kernel pads the rank to *R*, the smallest power of two that is at least *r* and at least 16. At *r* = 20,
+# what share of the *R* numbers that `tl.dot` multiplies for each entry is padding?
+
+# %% tags=["exercise"]
+answer = None  # between 0 and 1
+print(exercises.check_06_6(answer))
+
+# %% tags=["solution"]
+answer = (32 - 20) / 32
+print(exercises.check_06_6(answer))
+
+# %% [markdown] tags=["exercise"]
+# **7.** How many operations does a look-up in one pass do for each byte that it moves? *d* = 4096, *r* = 16, bfloat16, ids
+# of 8 bytes; 2*d*(*r* + 1) operations a token; leave *B* out, which is read once for the whole batch.
+
+# %% tags=["exercise"]
+answer = None  # operations a byte
+print(exercises.check_06_7(answer))
+
+# %% tags=["solution"]
+d, r = 4096, 16
+answer = 2 * d * (r + 1) / (8 + 2 * (d + r + d))
+print(exercises.check_06_7(answer))
+
+# %% [markdown] tags=["exercise"]
+# **8.** *A* is stored as (*V*, 3), row after row. The kernel loads token 7's row at `A + 7 * 3 + k` for *k* = 0 … 15, and
+# its mask on the rank is left out. Which entry of *A*, (row, column), does it read at *k* = 4?
+
+# %% tags=["exercise"]
+answer = None  # (row, column), both counted from 0
+print(exercises.check_06_8(answer))
+
+# %% tags=["solution"]
+answer = divmod(7 * 3 + 4, 3)
+print(exercises.check_06_8(answer))
+
 # %% [markdown]
 # ## Where to read on
 #
@@ -772,4 +1188,8 @@ print(exercises.check_06_5(look_up))
 # - Kingma & Ba 2015, *Adam* (arXiv 1412.6980), §2.1: why a step is about one learning rate long.
 # - Williams, Waterman & Patterson 2009, *Roofline* (Communications of the ACM 52:4): when bytes, not multiplications, set
 #   the time.
+# - Tillet, Kung & Cox 2019, *Triton: an intermediate language and compiler for tiled neural network computations* (MAPL
+#   2019), and the tutorials of triton-lang.org.
+# - Others' kernels: axolotl's `LoRA_Embedding` writes the backward pass by hand, over PyTorch's operations; sglang's
+#   `embedding_lora_a_fwd` looks up *A* in Triton, for inference.
 # - Here: chapter 04, what the embedding costs; chapter 03, where Adam writes though nobody reads.
