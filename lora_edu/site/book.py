@@ -179,8 +179,8 @@ def lay_out(made: Mapping[str, pages.Page], work: Path) -> Path:
         )
         book.connect("html-page-context", finish_page, priority=900)  # after the theme
         book.build()
-    if warnings.getvalue().strip():
-        raise ValueError(f"Sphinx is not content:\n{warnings.getvalue().strip()}")
+    if said := re.sub(r"\x1b\[[0-9;]*m", "", warnings.getvalue()).strip():
+        raise ValueError("Sphinx is not content:\n" + said.replace(f"{source}{os.sep}", ""))
     if any('class="math' in page.read_text(encoding="utf-8") for page in output.rglob("*.html")):
         copy_mathjax(output / "_static" / "mathjax")
     return output

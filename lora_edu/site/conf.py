@@ -24,6 +24,7 @@ pygments_dark_style = "a11y-high-contrast-dark"
 html_css_files = ["site.css"]
 html_js_files = ["page.js"]
 smartquotes = False  # the text as it stands in the notebook
+html_use_index = False
 html_copy_source = False
 html_show_sourcelink = False
 html_show_search_summary = False  # for that the search fetches each page, which a page on a disk may not
