@@ -13,7 +13,6 @@ CPU, with Triton's interpreter, and writes nothing. Not for what the ways comput
 import argparse
 import datetime
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from lora_edu import plots
 from lora_edu.explore.lora_embedding import CARDS, look_up_bytes, look_up_operations
 from lora_edu.lora import LoRAEmbedding, pair_optimizers, trainable_parameters
-from lora_edu.lora.functional import plain_lora_embedding
+from lora_edu.lora.functional import plain_lora_embedding, triton_version
 from lora_edu.paths import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -256,7 +255,12 @@ def cases(grid: dict) -> Iterator[tuple[dict, bool]]:
     """(case, is the compiled reference measured too?), what matters most first; compiling takes long."""
     for place, values in enumerate(itertools.product(*grid.values())):
         case = dict(zip(grid, values, strict=True))
-        yield case, grid is GRID and case["vocabulary"] == grid["vocabulary"][0] and (case["rank"] == 16 or place == 0)
+        yield (
+            case,
+            grid is GRID
+            and case["vocabulary"] == grid["vocabulary"][0]
+            and (case["rank"] == 16 or place == 0),
+        )
 
 
 def run(clock: Clock, grid: dict, minutes: float) -> dict:
@@ -341,8 +345,10 @@ def main() -> None:
         draw(record)
         print(f"rehearsed {len(record['rows'])} rows; nothing measured")
         return
-    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
-        print("gpu_embedding needs a CUDA device and Triton; there is none here, so nothing was measured")
+    if not torch.cuda.is_available() or triton_version() < (3, 5):
+        print(
+            "gpu_embedding needs a CUDA device and Triton 3.5 or later; there is none here, so nothing was measured"
+        )
         return
     record = {"command": f"{COMMAND} --minutes {options.minutes:g} --repeats {options.repeats}"}
     record |= device_record() | {"dtype": "bfloat16", "optimiser": "Adam, SparseAdam where sparse"}

@@ -3,15 +3,25 @@
 Not for state: the layers that hold the weights are in layers.py.
 """
 
-import importlib.util
 import os
+from importlib import metadata
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TRITON = importlib.util.find_spec("triton") is not None  # wheels for Linux only; importing it takes its time
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then its kernels run on a CPU, slowly
+
+def triton_version() -> tuple[int, ...]:
+    """(3, 7) for 3.7.1, (0,) where there is none. Asks without importing it, which takes its time."""
+    try:
+        return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return (0,)
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on a CPU, slowly
+# Before 3.5 it can't multiply in float64; before 3.7 its interpreter can't loop over NumPy 2.4's numbers
+TRITON = triton_version() >= ((3, 7) if INTERPRETED else (3, 5))
 TRITON_RANKS = range(1, 257)
 ROWS_AT_ONCE = 2**22  # elements of ΔW computed at a time while merging: 16 MB in float32
 
@@ -58,9 +68,9 @@ def lora_embedding(
     With `sparse` A's gradient holds only the rows that were looked up, so that a step costs the same for every V.
 
     On CUDA, with W frozen, this is one Triton kernel forward and one backward (triton_kernels.py), where Triton
-    is installed; elsewhere PyTorch's operations give the same. `deterministic` asks the kernels for sums in a
-    fixed order, at the price of memory; PyTorch's operations below keep one anyway. The kernels' gradient can't
-    be differentiated again, and torch.compile takes them whole unless `sparse`.
+    3.5 or later is installed; elsewhere PyTorch's operations give the same. `deterministic` asks the kernels for
+    sums in a fixed order, at the price of memory; PyTorch's operations below keep one anyway. The kernels'
+    gradient can't be differentiated again, and torch.compile takes them whole unless `sparse`.
     A token outside 0 … V − 1 raises IndexError on a CPU; the kernels give it a row of NaN, and PyTorch's own
     operations stop the program on CUDA. LoRAEmbedding checks first.
     """

@@ -1,6 +1,5 @@
 """The GPU benchmark without a GPU: every line but the clock runs on the interpreter, and nothing is made up."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from lora_edu.lora.functional import triton_version
 from lora_edu.paths import REPOSITORY
 
 BENCHMARK = REPOSITORY / "benchmarks" / "gpu_embedding.py"
@@ -27,7 +27,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has wheels for Linux only")
+@pytest.mark.skipif(triton_version() < (3, 7), reason="needs Triton 3.7, which has wheels for Linux only")
 def test_a_rehearsal_runs_all_ways_and_compares_them():
     assert run("--rehearse").strip() == "rehearsed 13 rows; nothing measured"
 
