@@ -213,12 +213,9 @@ def analyse(
     pairs += [((r, 0), (None, 1)) for r in RANKS]
     pairs = [(runs[one], runs[other]) for one, other in pairs if one in runs and other in runs]
     for other in usual_runs(rows):  # the same seed, another rate: how much the shared start does
-        if (
-            (other["rank"], other["seed"]) == (8, 0)
-            and (8, 0) in runs
-            and other["name"] != runs[8, 0]["name"]
-        ):
-            pairs.append((runs[8, 0], other))
+        own = runs.get((8, 0))
+        if own and all(other[key] == own[key] for key in ("rank", "seed", "embedding")) and other is not own:
+            pairs.append((own, other))
     singles = [runs[r, 0] for r in (*RANKS, None) if (r, 0) in runs]
     whole = delta(runs[None, 1]["name"]) if (None, 1) in runs else {}
     widest = min((min(dW.shape) for dW in whole.values()), default=0)
