@@ -42,6 +42,7 @@ from lora_edu import exercises, explore, plots
 from lora_edu.data import load_checkpoint, load_corpus
 from lora_edu.explore.lora_embedding import first_move, look_up_bytes, short, traffic
 from lora_edu.lora import LoRAEmbedding, add_lora, trainable_parameters
+from lora_edu.lora.functional import triton_version
 from lora_edu.paths import REPOSITORY
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
@@ -771,26 +772,24 @@ assert torch.allclose(tile[places], right[t[places[0]], c[places[1]]], atol=1e-6
 
 # %% [markdown]
 # Four places of 32 are real: at the edge a tile is mostly outside. Now the same in Triton, all five steps. (If Triton is
-# not installed, the next cell defines something that is never run.)
+# not installed, the next cell defines what is never run.)
 
 # %%
-try:
+device = "cuda" if torch.cuda.is_available() else "cpu"
+if triton_version() >= ((3, 5) if device == "cuda" else (3, 7)):
     import triton
     import triton.language as tl
 
     from lora_edu.lora import triton_kernels as kernels
-except ImportError:
+else:
     triton, tl, kernels = None, SimpleNamespace(constexpr=None), None
 jit = triton.jit if triton else lambda function: function
-device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def interpreted(run, recorded):
     """What run() says; without Triton what it said when this notebook was built, and one line that tells so."""
     if triton is None:
-        return (
-            "No Triton here, it has wheels for Linux only. Recorded with Triton's interpreter:\n" + recorded
-        )
+        return f"No Triton 3.7 here (its wheels are for Linux). Recorded on its interpreter:\n{recorded}"
     return run()
 
 
