@@ -159,7 +159,9 @@ def roofline(tokens: int = 65_536, width: int = 4096) -> Explorer:
         texts = [f"{1e3 * seconds:.3g} ms" for seconds in at_best.values()]
         plots.bars(bars, list(ways), [1e3 * seconds for seconds in at_best.values()], colours, texts)
         bars.set(xlabel="ms, at best", xlim=(0, 7))
-        bars.set_title(f"at best {at_best['loralib, PEFT'] / at_best['one pass']:.2g} times as fast in one pass")
+        bars.set_title(
+            f"at best {at_best['loralib, PEFT'] / at_best['one pass']:.2g} times as fast in one pass"
+        )
         intensity = points["one pass"][0]
         return (
             f"{card} (published: {bandwidth / 1e12:.3g} TB/s, {peak / 1e12:.0f} · 10¹² operations a second): "
