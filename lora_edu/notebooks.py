@@ -153,7 +153,11 @@ def run(
     from nbclient.exceptions import CellExecutionError
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        own = {**dict.fromkeys(THREADS, str(threads)), "IPYTHONDIR": f"{folder}/.ipython", **(variables or {})}
+        own = {
+            **dict.fromkeys(THREADS, str(threads)),
+            "IPYTHONDIR": f"{folder}/.ipython",
+            **(variables or {}),
+        }
         client = NotebookClient(
             notebook,
             timeout=1200,

@@ -20,7 +20,7 @@ def copy(tmp_path, monkeypatch):
 def test_every_file_is_as_the_manifest_says_and_together_they_are_small():
     found = list(shipped.check_all())
     assert found and all(right for _, right, _ in found), found
-    assert sum(entry["bytes"] for entry in shipped.manifest()["files"].values()) <= 20_000_000
+    assert sum(entry["bytes"] for entry in shipped.manifest()["files"].values()) <= 25_000_000
     names = {path.name for path in shipped.data_folder().glob("*.safetensors")}
     assert names <= set(shipped.manifest()["files"])
 
@@ -78,3 +78,21 @@ def test_base_and_tuned_models_beat_every_n_gram_clearly_as_recorded():
         assert len(grams) >= 3
         for model in models:
             assert table[model] < min(grams) - 0.5
+
+
+def test_recorded_runs_are_found_by_their_settings_and_adapters_by_name():
+    from lora_edu.data import adapter_folder, load_base_losses, load_sweeps
+    from lora_edu.lora import load_adapter, lora_layers
+    from lora_edu.tinylm import TinyLM
+
+    rows = load_sweeps(method="lora", rank=8, steps=200)
+    assert rows and all(row["rank"] == 8 and row["parameters"] == 31_000 * 8 for row in rows)
+    with pytest.raises(KeyError, match="'ranks'.*a row has text, method"):
+        load_sweeps(ranks=8)
+    assert load_base_losses()["reference"]["test"] > max(row["test"] for row in rows if row["rate"] < 0.03)
+    model = load_adapter(
+        TinyLM.from_state_dict(shipped.load_checkpoint("base")), adapter_folder("reference_r4")
+    )
+    assert {layer.rank for layer in lora_layers(model).values()} == {4}
+    with pytest.raises(KeyError, match="reference_r3"):
+        adapter_folder("reference_r3")
