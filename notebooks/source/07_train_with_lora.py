@@ -178,8 +178,8 @@ assert ends["r = 8"][0.048] > before["validation"]
 # %% [markdown]
 # ## 3 · Trained, truncated, full
 #
-# Now the question of the chapter. LoRA at seven ranks and full tuning, with other seeds where the table says so. From each full run ΔW is
-# cut to rank *r*, as in chapter 03 (its biases and norms stay, which LoRA does not have: that favours the cut one).
+# Now the question of the chapter. LoRA at seven ranks and full tuning; three seeds or one, as the table says. From each
+# full run ΔW is cut to rank *r*, as in chapter 03 (its biases and norms stay, which LoRA does not have: that favours the cut one).
 #
 # > share of the gain = (loss(base) − loss) / (loss(base) − loss(full tuning))
 #
@@ -241,37 +241,6 @@ assert all(worth[r] >= 4 * r for r in (1, 2, 4, 8, 16)) and share_cut[64] < shar
 
 # %% [markdown]
 # The last line says it in one number: up to *r* = 16 a trained rank is worth a truncated one of at least four times its size.
-
-# %% [markdown]
-# ### Does it depend on how much there is to learn?
-#
-# The same with less text: a tenth of the docstrings, and the language manual (84 000 tokens). Runs stop early there, at
-# their best validation loss, and full tuning and LoRA get two rates each.
-
-
-# %%
-def best_of(**settings):
-    """The row with these settings whose validation loss was lowest on the way."""
-    found = [row for row in load_sweeps(**settings) if row["test"] is not None]
-    return min(found, key=lambda row: min(each["loss"] for each in row["evaluations"]))
-
-
-shares = {
-    ("reference", r): (mean([*map(gain, trained[r])]), mean([*map(gain, truncated[r])])) for r in (1, 8)
-}
-for text in ("reference/10", "manual"):
-    untuned, whole = load_base_losses()[text]["test"], best_of(text=text, method="full")
-    print(
-        f"{text:13} base {untuned:.2f}, full tuning {whole['test']:.2f}, best after {whole['best_step']} steps"
-    )
-    for r in (1, 8):
-        losses = best_of(text=text, method="lora", rank=r)["test"], whole["truncated"][str(r)]
-        shares[text, r] = tuple((untuned - loss) / (untuned - whole["test"]) for loss in losses)
-for (text, r), (by_training, by_cutting) in sorted(shares.items(), key=lambda item: item[0][1]):
-    print(f"r = {r}, {text:13} trained {by_training:4.0%}   cut {by_cutting:4.0%}")
-
-# %% [markdown]
-# TEXT scarce
 
 # %% [markdown]
 # ## 4 · alpha = 2*r*? *r*? *r*/2?
@@ -452,6 +421,7 @@ figure, axes = plots.subplots(size=(7.2, 3.0))
 ends_at = {}
 for name, r in (("full", None), ("r = 1", 1), ("r = 8", 8), ("r = 64", 64)):
     found = [single[key] for key in sorted((k for k in single if k[0] == r), key=lambda k: k[1])]
+    found = [row for row in found if row["test"] < before["test"]]  # without the run that was destroyed
     ends_at[name] = [row["test"] for row in found], [row["code"] for row in found]
     print(f"{name:7}" + "  ".join(f"{row['rate']:g}: {row['test']:.2f} / {row['code']:.2f}" for row in found))
 plots.curves(
@@ -471,8 +441,8 @@ plots.show(
 # Every line climbs from its smallest rate to its largest. **It is the learning rate that forgets.** Full tuning at 0.003
 # and at 0.006 ends at the same loss on docstrings, and the larger rate has lost half a nat more on code, for nothing.
 #
-# Full tuning and *r* = 64 lie on one line: who learns as much forgets as much, LoRA or not. The small ranks lie to the
-# left of it and no lower. *r* = 8 at its best has learnt less than *r* = 64 at its *smallest* rate, and has lost more
+# Full tuning and *r* = 64 lie on one line: who learns as much forgets as much, LoRA or not. The small ranks lie to the left
+# of it: for the same loss on code they have learnt less. *r* = 8 at its best has learnt less than *r* = 64 at its *smallest* rate, and has lost more
 # on code, and *r* = 1 compares with *r* = 8 in the same way. So in this model a low rank learns less **and forgets more
 # for what it learns**: it needs a high rate to get anywhere, and the rate forgets. Who wants to keep the base's skills
 # takes a smaller rate, or a larger rank, before choosing between LoRA and full tuning.
@@ -481,6 +451,7 @@ plots.show(
 # on docstrings, worse on code.)
 
 # %%
+assert all(codes == sorted(codes) for _, codes in ends_at.values())
 assert single[None, 0.006]["code"] - single[None, 0.003]["code"] > 0.4
 assert abs(single[None, 0.006]["test"] - single[None, 0.003]["test"]) < 0.02
 on_the_line = at_level(
@@ -689,52 +660,34 @@ assert intruders[None][0] > 1.5 * intruders[None][1]
 
 
 # %% tags=["nbval-ignore-output"]
-def loss_of_cut(rank):
-    """Held-out loss of the adapter that was trained at r = 16, its ΔW cut to a lower rank."""
-    model = load_adapter(TinyLM.from_state_dict(base), adapter_folder("reference_r16"))
-    update = {f"{name}.weight": layer.delta_weight() for name, layer in lora_layers(model).items()}
-    cut = {name: lowrank.truncate(dW, rank) for name, dW in update.items()}
-    return evaluate(
-        TinyLM.from_state_dict({name: W + cut.get(name, 0) for name, W in base.items()}), held_out
-    )
+with_16 = load_adapter(TinyLM.from_state_dict(base), adapter_folder("reference_r16"))
+svds = {f"{name}.weight": lowrank.svd(layer.delta_weight()) for name, layer in lora_layers(with_16).items()}
+some = held_out[: 20 * 256 + 1]
 
 
-def loss_of_trained(rank):
-    return evaluate(
-        load_adapter(TinyLM.from_state_dict(base), adapter_folder(f"reference_r{rank}")), held_out
-    )
+def cut_to(rank):
+    """The base with the ΔW that was trained at r = 16, each matrix cut to a rank."""
+    cut = {name: (U[:, :rank] * S[:rank]) @ Vh[:rank] for name, (U, S, Vh) in svds.items()}
+    return TinyLM.from_state_dict({name: W + cut.get(name, 0) for name, W in base.items()})
 
 
-shrunk = {r: (loss_of_cut(r), loss_of_trained(r)) for r in (16, 8, 4, 1)}
-for r, (cut, at_once) in shrunk.items():
-    print(f"r = {r:2}: 16 cut to {r}: {cut:.2f}   trained at {r}: {at_once:.2f}")
-assert abs(shrunk[16][0] - shrunk[16][1]) < 0.01
+untuned, at_16 = evaluate(TinyLM.from_state_dict(base), some), evaluate(cut_to(16), some)
+kept = {}
+for r in (4, 1):
+    at_once = evaluate(load_adapter(TinyLM.from_state_dict(base), adapter_folder(f"reference_r{r}")), some)
+    kept[r] = [(untuned - loss) / (untuned - at_16) for loss in (evaluate(cut_to(r), some), at_once)]
+    print(f"of the gain of r = 16: cut to {r} {kept[r][0]:.0%}, trained at {r} {kept[r][1]:.0%}")
+assert 0.5 < kept[4][0] < 0.75 and 0.8 < kept[4][1] < 0.97 and kept[1][0] < kept[1][1] - 0.2
 
 # %% [markdown]
-# TEXT shrink
+# These, too: the gap of section 3 opens again one floor down. Cut from 16 to 4, the adapter keeps under two thirds of its
+# gain; trained at 4 from the start it has nine tenths. Who knows that 4 is wanted should train 4; cutting is for when
+# there is nothing to train on.
 
 # %% [markdown]
-# ## 9 · The planted rank, trained
+# ## 9 · What others have found
 #
-# Chapter 03 planted an update of rank 2 in one matrix and tuned its block towards the result: what full tuning found had
-# rank 100, with a step at 2. Now LoRA does the same, on the same six matrices, at *r* = 1, 2 and 4 (KL divergence from
-# the planted model; two rates each). **Predict** which ranks get there.
-
-# %%
-planted = {}
-for r in (1, 2, 4):
-    row = min(load_sweeps(text="planted", rank=r), key=lambda row: row["evaluations"][-1]["loss"])
-    planted[r] = 1 - row["test"] / load_base_losses()["planted"]["test"]
-    print(f"r = {r}: {planted[r]:.1%} of the way, {row['parameters']:,} numbers")
-
-# %% [markdown]
-# TEXT planted
-
-# %% [markdown]
-# ## 10 · What others have found
-#
-# All of it on models a thousand to a hundred thousand times as large as ours, which knew much more to begin with and changed
-# less. Where we differ, that may be why; where we agree, it is not a matter of size.
+# All of it on far larger models, which knew much more to begin with. Where we differ, that may be why.
 #
 # | who | what they report | here |
 # | --- | --- | --- |
