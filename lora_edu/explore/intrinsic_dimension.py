@@ -38,7 +38,7 @@ def random_subspaces(
         for name, level in levels.items():
             plots.mark_level(curve, level, name, 0.55)
         curve.axvline(d, color=plots.GREY, linewidth=1, linestyle=":")
-        curve.legend(loc="center left")
+        curve.legend(loc=(0.6, 0.13))
         curve.set(ylim=(before - 0.02, full + 0.03), title="accuracy on held-out docstrings")
         plots.plain_ticks(curve.xaxis, (100, 1_000, 10_000, 100_000, 1_000_000))
         curve.xaxis.set_ticklabels(["100", "1,000", "10,000", "100,000", "1,000,000"])
@@ -54,6 +54,4 @@ def random_subspaces(
         )
         return f"d = {d:,}. {found}."
 
-    return Explorer(
-        draw, {"d": every}, start={"d": 10_000}, labels={"d": "dimension d"}, formats={"d": "{:,}"}
-    )
+    return Explorer(draw, {"d": every}, start={"d": 10_000}, formats={"d": "{:,}"})
