@@ -91,7 +91,7 @@ def rate_and_rank(
         way.set_title(f"{method}, by learning rate")
         return f"{method}: the best rate tried is {best:g}, with {losses[method][best]:.2f} nats a token at the end."
 
-    return Explorer(draw, {"method": list(losses)}, start={"method": list(losses)[-1]}, colours=128)
+    return Explorer(draw, {"method": list(losses)}, start={"method": next(iter(losses))}, colours=128)
 
 
 def equal_gain(
