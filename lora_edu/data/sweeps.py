@@ -400,7 +400,7 @@ def scaling(rows: Iterable[Mapping]) -> list[dict]:
 
 
 def targets() -> list[dict]:
-    """Short runs: some 80 000 parameters spent on different matrices, three rates each."""
+    """Short runs: some 80 000 parameters spent on different matrices, two rates each."""
     return [
         run_of(
             rank=rank, targets=name, rate=rate, embedding=1.0 if name == "embedding" else 1 / 3, steps=SHORT
