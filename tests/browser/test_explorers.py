@@ -116,7 +116,7 @@ def read_turn_and_reopen(opened: Callable[[str], NotebookPage], server: Server, 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter(chapter, opened, server):
     before, explorers = read_turn_and_reopen(opened, server, chapter.name)
-    assert len(explorers) >= 2, "each chapter has at least two explorers"
+    assert explorers, "each chapter has an explorer"
     assert set(explorers) <= set(before), "before the first run, the picture for the starting value is there"
 
 
