@@ -69,11 +69,7 @@ def test_a_stage_of_the_sweeps_adds_its_rows_and_an_adapter_is_made_of_one(tmp_p
     assert entry["sha256"] == hashlib.sha256((maker.out / "sweeps.json").read_bytes()).hexdigest()
 
     monkeypatch.setattr(make, "ADAPTERS", {"some": (2, 0)})
-    monkeypatch.setattr(sweeps, "rate_for", lambda rows, rank: 1e-2)
-    monkeypatch.setattr(
-        sweeps, "SETTINGS", sweeps.SETTINGS | {"targets": "mlp", "text": "manual", "steps": 3}
-    )
-    monkeypatch.setattr(sweeps, "name_of", lambda run: row["name"])
+    monkeypatch.setattr(sweeps, "tuned", lambda rows, rank, seed: run)
     maker.adapters()
     base = shipped.load_checkpoint("base")
     model = load_adapter(TinyLM.from_state_dict(base), maker.out / "adapters" / "some")
