@@ -44,9 +44,8 @@ def test_the_rate_is_the_one_of_lowest_validation_loss_and_lies_on_a_line_betwee
 
 
 def test_a_run_trains_what_it_says_and_the_embedding_has_a_rate_of_its_own():
-    model, optimizer = sweeps.prepare(
-        sweeps.run_of(rank={"embedding": 2, "head": 3}, rate=0.03, targets="all")
-    )
+    of_each = sweeps.BUDGET["all"] | {"embedding": 2, "head": 3}
+    model, optimizer = sweeps.prepare(sweeps.run_of(rank=of_each, rate=0.03, targets="all"))
     ranks = {name: layer.rank for name, layer in lora_layers(model).items()}
     assert ranks["embedding"] == 2 and ranks["head"] == 3
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
