@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_edu.exercises.answers import judge
+from lora_edu.exercises.answers import judge, no_function
 
 WISHES = torch.cat([torch.eye(6).repeat_interleave(20, 1), torch.eye(2).repeat_interleave(60, 1)])  # 8 sums
 BASE, FULL = 0.20, 0.40
@@ -116,10 +116,8 @@ def check_02_3(answer: object) -> str:
 def check_02_4(answer: object) -> str:
     """A function (gradient, dial, sign, d) → Pᵀ gradient for the P of section 3, columns of length 1."""
     hint = "each dial collects sign · gradient of its weights, divided by the root of their number."
-    if answer is None:
-        return f"Exercise 4: not attempted yet. Hint: {hint}"
-    if not callable(answer):
-        return f"Exercise 4: the answer is a function of (gradient, dial, sign, d); got {answer!r}."
+    if refused := no_function(4, answer, "gradient, dial, sign, d", hint):
+        return refused
     generator = torch.Generator().manual_seed(4)
     size, d = 23, 5
     dial = torch.randperm(size, generator=generator) % d

@@ -4,7 +4,7 @@ Every right and every typical wrong answer is computed here from the shapes, non
 """
 
 from lora_edu import counting
-from lora_edu.exercises.answers import judge
+from lora_edu.exercises.answers import judge, no_function
 
 
 def check_04_1(answer: object) -> str:
@@ -138,10 +138,8 @@ def check_04_5(answer: object) -> str:
 def check_04_6(answer: object) -> str:
     """A function rank_for_budget(rows, columns, budget): the largest useful r within the budget."""
     hint = "the largest whole r with r (rows + columns) ≤ budget, but never above the smaller side."
-    if answer is None:
-        return f"Exercise 6: not attempted yet. Hint: {hint}"
-    if not callable(answer):
-        return f"Exercise 6: the answer is a function of (rows, columns, budget); got {answer!r}."
+    if refused := no_function(6, answer, "rows, columns, budget", hint):
+        return refused
     for rows, columns, budget in (
         (10_000, 100, 80_800),
         (10_000, 100, 80_799),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_edu.exercises.answers import judge
+from lora_edu.exercises.answers import judge, no_function, same
 
 SMALL_G = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]])
 SMALL_A = torch.tensor([[1.0, 0.0, 1.0]])
@@ -32,7 +32,7 @@ def check_05_1(answer: object) -> str:
         torch.zeros_like(SMALL_A),
         "{} is the shape of {}'s gradient, the same as {}'s own; got {}.",
     )
-    if _same(of_A, right) and _same(of_B, zero_A):
+    if same(of_A, right) and same(of_B, zero_A):
         problem = "the two are swapped. The gradient of A has B in it, which is zero; that of B has A in it."
     elif of_A.shape != SMALL_A.shape:
         problem = shape.format("1 × 3", "A", "A", " × ".join(map(str, of_A.shape)))
@@ -44,16 +44,16 @@ def check_05_1(answer: object) -> str:
         problem = "the gradient of A is s Bᵀ G, and B is zero."
     elif not of_B.any():
         problem = "both zero would mean that nothing ever moves. B's gradient is s G Aᵀ, and A is not zero."
-    elif _same(of_B, right):
+    elif same(of_B, right):
         return (
             "Exercise 1: right. B = 0 hides the data from A; B moves first, and A from the second step on, "
             "when B is no longer zero."
         )
-    elif _same(of_B, right / s):
+    elif same(of_B, right / s):
         problem = f"s is lost: alpha / r = {s:g} stands in front of G Aᵀ."
-    elif _same(of_B, right * s):
+    elif same(of_B, right * s):
         problem = "that is s² G Aᵀ. s² belongs to the first step of ΔW; the gradient of B has s once."
-    elif _same(of_B, -right):
+    elif same(of_B, -right):
         problem = "the sign: that is the direction in which a step goes, the gradient is its opposite."
     else:
         problem = f"A's gradient is right, B's is not. Hint: {hint}"
@@ -87,10 +87,8 @@ def check_05_2(answer: object) -> str:
 def check_05_3(answer: object) -> str:
     """A function average(B1, A1, B2, A2) → (B, A) whose update is the mean of the two updates."""
     hint = "½B₁A₁ + ½B₂A₂ is one product: [½B₁ ½B₂] times A₁ above A₂, of rank 2r."
-    if answer is None:
-        return f"Exercise 3: not attempted yet. Hint: {hint}"
-    if not callable(answer):
-        return f"Exercise 3: the answer is a function of (B1, A1, B2, A2); got {answer!r}."
+    if refused := no_function(3, answer, "B1, A1, B2, A2", hint):
+        return refused
     generator = torch.Generator().manual_seed(5)
     shapes = [(6, 2), (2, 5), (6, 2), (2, 5)]
     B1, A1, B2, A2 = (torch.randn(*each, generator=generator, dtype=torch.float64) for each in shapes)
@@ -105,18 +103,18 @@ def check_05_3(answer: object) -> str:
         shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
         return f"Exercise 3: not yet: B must be (out, r) and A (r, in), here (6, r) and (r, 5); got {shapes}."
     update, mean = B @ A, (B1 @ A1 + B2 @ A2) / 2
-    if _same(update, mean):
+    if same(update, mean):
         return "Exercise 3: right. The mean of two updates has rank up to 2r, so no two factors of rank r will do."
-    if _same(update, (B1 + B2) @ (A1 + A2) / 4):
+    if same(update, (B1 + B2) @ (A1 + A2) / 4):
         problem = (
             "that averages the factors. ¼(B₁ + B₂)(A₁ + A₂) holds B₁A₂ and B₂A₁, which nobody trained, "
             "and of the mean itself only half."
         )
-    elif _same(update, (B1 + B2) @ (A1 + A2)):
+    elif same(update, (B1 + B2) @ (A1 + A2)):
         problem = "that adds the factors, which brings in B₁A₂ and B₂A₁."
-    elif _same(update, 2 * mean):
+    elif same(update, 2 * mean):
         problem = "that is the sum of the two updates. A mean needs a half: halve B, or A, not both."
-    elif _same(update, mean / 2):
+    elif same(update, mean / 2):
         problem = "that is half of the mean: the half is taken in B *and* in A. Take it once."
     else:
         problem = f"BA is not ½B₁A₁ + ½B₂A₂. Hint: {hint}"
@@ -126,10 +124,8 @@ def check_05_3(answer: object) -> str:
 def check_05_4(answer: object) -> str:
     """A function merge_conv1d(weight, A, B, scaling) → the merged weight, (in, out)."""
     hint = "GPT-2's Conv1D computes x W with W (in, out), so ΔW there is s (BA)ᵀ."
-    if answer is None:
-        return f"Exercise 4: not attempted yet. Hint: {hint}"
-    if not callable(answer):
-        return f"Exercise 4: the answer is a function of (weight, A, B, scaling); got {answer!r}."
+    if refused := no_function(4, answer, "weight, A, B, scaling", hint):
+        return refused
     generator = torch.Generator().manual_seed(6)
     for inputs, outputs in ((4, 4), (3, 9)):
         W, A, B = (
@@ -149,7 +145,7 @@ def check_05_4(answer: object) -> str:
                 "Exercise 4: not yet: it changes the weight it was given. Whoever wants to unmerge needs that "
                 "one; return a new tensor."
             )
-        if _same(got, W + 2 * update):
+        if same(got, W + 2 * update):
             continue
         return f"Exercise 4: not yet: {_conv1d_problem(got, W, update) or f'{call} it is off. Hint: {hint}'}"
     return (
@@ -160,15 +156,15 @@ def check_05_4(answer: object) -> str:
 
 def _conv1d_problem(got: Tensor, W: Tensor, update: Tensor) -> str:
     """What a wrong merged weight was most likely worked out from."""
-    if W.shape[0] == W.shape[1] and _same(got, W + 2 * update.T):
+    if W.shape[0] == W.shape[1] and same(got, W + 2 * update.T):
         return "not transposed. This weight is square, so nothing complains: Conv1D computes x W, its ΔW is s (BA)ᵀ."
-    if _same(got, W + update):
+    if same(got, W + update):
         return "s is lost."
-    if _same(got, W - 2 * update):
+    if same(got, W - 2 * update):
         return "that unmerges: W − ΔW."
-    if _same(got, 2 * update):
+    if same(got, 2 * update):
         return "that is ΔW alone. Add it to the weight."
-    if _same(got, (W + 2 * update).T):
+    if same(got, (W + 2 * update).T):
         return "the result is (out, in). Keep the weight's own shape, (in, out)."
     return ""
 
@@ -222,7 +218,3 @@ def _tensors(answer: object) -> list[Tensor] | None:
         return [torch.as_tensor(each).detach().double() for each in answer]
     except (TypeError, ValueError, RuntimeError):
         return None
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-5, atol=1e-7)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_edu import counting
-from lora_edu.exercises.answers import judge
+from lora_edu.exercises.answers import judge, no_function
 
 ALPHA, TOKEN = 16, 7  # of exercise 1
 PLACES, PADDING = [[3, 7, 3, 0], [7, 0, 12, 3]], 0  # of exercise 2
@@ -145,12 +145,8 @@ def check_06_4(answer: object) -> str:
 def check_06_5(answer: object) -> str:
     """A function look_up(tokens, W, lora_A, lora_B, scaling) in our layout, without building the table."""
     hint = "W[tokens] and lora_A[tokens] are rows; B's transpose turns r numbers into d."
-    if answer is None:
-        return f"Exercise 5: not attempted yet. Hint: {hint}"
-    if not callable(answer):
-        return (
-            f"Exercise 5: the answer is a function of (tokens, W, lora_A, lora_B, scaling); got {answer!r}."
-        )
+    if refused := no_function(5, answer, "tokens, W, lora_A, lora_B, scaling", hint):
+        return refused
     generator = torch.Generator().manual_seed(0)
     V, d, r, scaling = 5000, 6, 3, 2.5
     tokens = torch.randint(V, (2, 5), generator=generator)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_edu import lowrank
 from lora_edu.data import load_base_losses, load_sweeps
-from lora_edu.exercises.answers import judge
+from lora_edu.exercises.answers import judge, no_function, same
 
 LEVEL = 4.2  # exercise 2: loss on held-out docstrings at which forgetting is compared
 BUDGET, BLOCKS, WIDTH, INNER = 80_000, 6, 100, 400  # exercise 4
@@ -140,10 +140,8 @@ def check_07_4(answer: object) -> str:
 def check_07_5(answer: object) -> str:
     """A function shrink(B, A, rank) → (B, A) of that rank, whose product is as near to BA as can be."""
     hint = "the nearest matrix of lower rank is the truncated SVD of the product BA (chapter 01)."
-    if answer is None:
-        return f"Exercise 5: not attempted yet. Hint: {hint}"
-    if not callable(answer):
-        return f"Exercise 5: the answer is a function of (B, A, rank); got {answer!r}."
+    if refused := no_function(5, answer, "B, A, rank", hint):
+        return refused
     generator = torch.Generator().manual_seed(7)
     B, A = (torch.randn(*each, generator=generator, dtype=torch.float64) for each in ((7, 4), (4, 9)))
     try:
@@ -159,21 +157,21 @@ def check_07_5(answer: object) -> str:
         shapes = f"{tuple(small_B.shape)} and {tuple(small_A.shape)}"
         return f"Exercise 5: not yet: B must be (out, rank) and A (rank, in), here (7, 2) and (2, 9); got {shapes}."
     update = small_B @ small_A
-    if _same(update, lowrank.truncate(B @ A, 2)):
+    if same(update, lowrank.truncate(B @ A, 2)):
         return (
             "Exercise 5: right. No other pair of this rank is nearer to BA, and it does not depend on which of the "
             "many pairs with the same BA you were given."
         )
-    if _same(update, B[:, :2] @ A[:2]):
+    if same(update, B[:, :2] @ A[:2]):
         problem = (
             "that keeps the first columns of B and rows of A. Their order means nothing: (BM)(M⁻¹A) is the same "
             "adapter, and this would keep something else of it."
         )
-    elif _same(update, lowrank.truncate(B, 2) @ lowrank.truncate(A, 2)):
+    elif same(update, lowrank.truncate(B, 2) @ lowrank.truncate(A, 2)):
         problem = "that cuts B and A each by itself. What counts is the product: cut BA."
-    elif _same(update, lowrank.svd(B @ A).U[:, :2] @ lowrank.svd(B @ A).Vh[:2]):
+    elif same(update, lowrank.svd(B @ A).U[:, :2] @ lowrank.svd(B @ A).Vh[:2]):
         problem = "the singular values are lost: put S into one of the two factors, or √S into both."
-    elif _same(update, _with_values(B @ A, 2)):
+    elif same(update, _with_values(B @ A, 2)):
         problem = "the singular values are in it twice: put S into one of the two factors, or √S into both."
     else:
         problem = f"its product is not the nearest one. Hint: {hint}"
@@ -183,7 +181,3 @@ def check_07_5(answer: object) -> str:
 def _with_values(product: Tensor, rank: int) -> Tensor:
     U, S, Vh = lowrank.svd(product)
     return (U[:, :rank] * S[:rank] ** 2) @ Vh[:rank]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-7)
