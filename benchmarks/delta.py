@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_edu import counting, plots
-from lora_edu.paths import write_atomically
+from lora_edu.paths import write_atomically, write_json
 
 RESULTS = Path(__file__).parent / "results"
 TOOL, LOOP = "lora-edu delta", "loop of full SVDs"
@@ -198,9 +198,7 @@ def main() -> None:
         "where": f"{options.threads} CPU threads, torch {torch.__version__}, {platform.system()} {platform.machine()}",
         "pairs": pairs,
     }
-    write_atomically(
-        RESULTS / "delta.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
-    )
+    write_json(RESULTS / "delta.json", record)
     write_atomically(RESULTS / "delta.png", draw(record))
 
 

@@ -14,7 +14,6 @@ import argparse
 import datetime
 import functools
 import itertools
-import json
 import os
 import platform
 import statistics
@@ -38,7 +37,7 @@ from lora_edu import plots
 from lora_edu.explore.lora_embedding import CARDS, look_up_bytes, look_up_operations
 from lora_edu.lora import LoRAEmbedding, pair_optimizers, trainable_parameters
 from lora_edu.lora.functional import plain_lora_embedding, triton_version
-from lora_edu.paths import write_atomically
+from lora_edu.paths import write_atomically, write_json
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "python benchmarks/gpu_embedding.py"
@@ -353,8 +352,7 @@ def main() -> None:
     record = {"command": f"{COMMAND} --minutes {options.minutes:g} --repeats {options.repeats}"}
     record |= device_record() | {"dtype": "bfloat16", "optimiser": "Adam, SparseAdam where sparse"}
     record |= run(Clock("cuda", options.repeats), GRID, options.minutes)
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(RESULTS / "gpu_embedding.json", text.encode())
+    write_json(RESULTS / "gpu_embedding.json", record)
     write_atomically(RESULTS / "gpu_embedding.png", draw(record))
 
 

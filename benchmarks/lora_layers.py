@@ -8,7 +8,6 @@ and .png. Not for what the ways compute: tests/lora holds that they compute the 
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -23,7 +22,7 @@ from torch import nn
 
 from lora_edu import plots
 from lora_edu.lora import LoRAEmbedding, LoRALinear, pair_optimizers, trainable_parameters
-from lora_edu.paths import write_atomically
+from lora_edu.paths import write_atomically, write_json
 
 RESULTS = Path(__file__).parent / "results"
 RANK, ALPHA, TOKENS = 8, 16, 2048
@@ -151,9 +150,7 @@ def main() -> None:
         "settings": {"rank": RANK, "tokens": TOKENS, "rows": ROWS, "dtype": "float32", "optimiser": "Adam"},
         "rows": rows,
     }
-    write_atomically(
-        RESULTS / "lora_layers.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
-    )
+    write_json(RESULTS / "lora_layers.json", record)
     write_atomically(RESULTS / "lora_layers.png", draw(rows))
 
 

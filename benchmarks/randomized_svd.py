@@ -6,7 +6,6 @@ Writes results/randomized_svd.json and .png (on CUDA: …_cuda). The ways take t
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lora_edu import lowrank, plots
-from lora_edu.paths import write_atomically
+from lora_edu.paths import write_atomically, write_json
 
 RESULTS = Path(__file__).parent / "results"
 FULL, SKETCH, OURS = "full SVD (torch.linalg.svd)", "torch.svd_lowrank", "lowrank.randomized_svd"
@@ -120,9 +119,7 @@ def main() -> None:
         "rows": rows,
     }
     stem = "randomized_svd" + ("" if options.device == "cpu" else f"_{options.device.split(':')[0]}")
-    write_atomically(
-        RESULTS / f"{stem}.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
-    )
+    write_json(RESULTS / f"{stem}.json", record)
     title = f"Rank {options.rank} of {options.size} × {options.size}: how much faster than the full SVD, and how good"
     write_atomically(RESULTS / f"{stem}.png", draw(rows, title))
 

@@ -8,7 +8,6 @@ results/site_slider_latency.json and .png.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -18,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lora_edu import plots
-from lora_edu.paths import REPOSITORY, write_atomically
+from lora_edu.paths import REPOSITORY, write_atomically, write_json
 from lora_edu.site import book
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "browser"))
@@ -205,8 +204,7 @@ def save(rows: list[dict], command: str, chromium: str, name: str = "slider_late
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "rows": rows,
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(RESULTS / f"{name}.json", text.encode())
+    write_json(RESULTS / f"{name}.json", record)
     write_atomically(RESULTS / f"{name}.png", picture(rows))
 
 

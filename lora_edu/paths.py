@@ -1,5 +1,6 @@
 """Where files go: the repository's own folders, and the reader's folder, the only place that notebooks write to."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -30,3 +31,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, record: dict) -> None:
+    """A record as JSON that people can read and `git diff` can compare, written atomically."""
+    write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from lora_edu.data import analysis, corpus, ngrams, shipped, sweeps
 from lora_edu.lora import add_lora, save_adapter
-from lora_edu.paths import user_folder, write_atomically
+from lora_edu.paths import user_folder, write_atomically, write_json
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
 
@@ -194,7 +194,7 @@ class Maker:
 
     def sweep(self, stage: str) -> dict:
         """One stage of the recorded sweeps, and sweeps.json with the rows of all stages so far."""
-        rows, done = self.rows(), []
+        rows = self.rows()
         runs = [run | {"steps": self.steps(run["steps"])} for run in sweeps.STAGES[stage](rows)]
         with tqdm(total=len(runs), desc=stage, leave=False) as bar:
             done = sweeps.record_all(
@@ -328,8 +328,7 @@ class Maker:
     def _edit(self, change: Callable[[dict], object]) -> None:
         manifest = self._manifest()
         change(manifest)
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(self.out / "MANIFEST.json", text.encode())
+        write_json(self.out / "MANIFEST.json", manifest)
 
 
 def add(base: dict[str, Tensor], delta: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -379,7 +378,7 @@ def check(out: Path, names: Sequence[str]) -> int:
     """Run recorded rows again and print what was recorded, what comes out now, and whether the two agree."""
     shipped.use_folder(out)
     rows, agree = shipped.load_sweeps(), True
-    print(f"a row is found again within {3 * sweeps.spread(rows):.4f} nats a token (three pooled deviations)")
+    print(f"a row is found again within {sweeps.tolerance(rows):.4f} nats a token (three pooled deviations)")
     with tempfile.TemporaryDirectory() as folder:
         for name, recorded, now, found in sweeps.check(rows, names, Path(folder)):
             agree &= found
