@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -184,20 +184,30 @@ def evaluate(model: nn.Module, tokens: Tensor, context: int = 256, batch: int = 
 
     Each window is read with nothing before it, so its first tokens are guessed with little context.
     """
+    pairs = disjoint_windows(tokens, context, batch)
+    was_training = model.training
+    model.eval()
+    total, windows = 0.0, 0
+    for inputs, targets in pairs:
+        total += next_token_loss(model, inputs, targets).item() * len(inputs)
+        windows += len(inputs)
+    model.train(was_training)
+    return total / windows
+
+
+def disjoint_windows(tokens: Tensor, context: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, targets), each (batch or fewer, context), of a 1-D stream, whose last few tokens may be left over.
+
+    Raises ValueError for a stream without a single window.
+    """
     windows = (len(tokens) - 1) // context
     if windows < 1:
         raise ValueError(
             f"{len(tokens)} tokens do not fill one window of {context} tokens and the one after it"
         )
-    was_training = model.training
-    model.eval()
     inputs = tokens[: windows * context].view(windows, context)
     targets = tokens[1 : windows * context + 1].view(windows, context)
-    total = 0.0
-    for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
-        total += next_token_loss(model, x, y).item() * len(x)
-    model.train(was_training)
-    return total / windows
+    return zip(inputs.split(batch), targets.split(batch), strict=True)
 
 
 def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -248,7 +258,7 @@ class HeadLoss(torch.autograd.Function):
                 torch.mm(z, table, out=grad_x[start : start + 256])
             if grad_table is not None:
                 grad_table.addmm_(z.T, rows[:, trained])
-        ctx.width, ctx.trained = width, trained
+        ctx.width = width
         ctx.save_for_backward(grad_x, grad_table)
         return total / tokens
 
@@ -352,13 +362,10 @@ def _peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors held on a GPU since the run began, or that this process ever held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset
-    try:
-        import resource
-    except ImportError:
-        return memory.rss
+    if sys.platform == "win32":  # which has no `resource`
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

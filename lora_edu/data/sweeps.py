@@ -26,7 +26,7 @@ from lora_edu.data import corpus, shipped
 from lora_edu.lora import add_lora, lora_layers, trainable_parameters
 from lora_edu.paths import write_atomically
 from lora_edu.tinylm import TinyLM
-from lora_edu.training import Batches, History, evaluate, fit
+from lora_edu.training import Batches, History, disjoint_windows, evaluate, fit
 from lora_edu.tuning import frozen_A, subspace
 
 STEPS, BATCH = (
@@ -185,14 +185,13 @@ def row_of(run: Mapping, model: nn.Module, history: History) -> dict:
 @torch.no_grad()
 def measure(model: nn.Module, tokens: Tensor, context: int = 256) -> dict[str, float]:
     """{"test": nats a token, "accuracy": share of tokens that are the likeliest guess}, as `evaluate` reads a text."""
-    windows = (len(tokens) - 1) // context
-    loss, right = 0.0, 0
-    for start in range(0, windows * context, context):
-        targets = tokens[start + 1 : start + context + 1]
-        logits = model(tokens[None, start : start + context])[0]
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+    loss, right, seen = 0.0, 0, 0
+    for inputs, targets in disjoint_windows(tokens, context, batch=1):  # whose logits are held: 10 MB
+        logits = model(inputs)
+        loss += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         right += (logits.argmax(-1) == targets).sum().item()
-    return {"test": loss / (windows * context), "accuracy": right / (windows * context)}
+        seen += targets.numel()
+    return {"test": loss / seen, "accuracy": right / seen}
 
 
 def planted_model() -> TinyLM:
@@ -516,6 +515,11 @@ def spread(rows: Iterable[Mapping]) -> float:
     return math.sqrt(sum(statistics.variance(group) for group in several) / len(several))
 
 
+def tolerance(rows: Iterable[Mapping]) -> float:
+    """How far a row's loss may lie from what was recorded to count as found again: three pooled deviations."""
+    return 3 * spread(rows)
+
+
 def check(rows: list[dict], names: Iterable[str], folder: Path) -> Iterator[tuple[str, float, float, bool]]:
     """Run rows again from their own seeds: (name, recorded loss, loss now, whether within three pooled deviations)."""
     recorded = {row["name"]: row for row in rows}
@@ -523,7 +527,8 @@ def check(rows: list[dict], names: Iterable[str], folder: Path) -> Iterator[tupl
         if name not in recorded:
             close = difflib.get_close_matches(name, recorded, n=3, cutoff=0)
             raise ValueError(f"no row is named {name!r}; close to it: {', '.join(map(repr, close))}")
+    allowed = tolerance(rows)
     for name in names:
         old = recorded[name]
         new = record({key: old[key] for key in SETTINGS}, folder)
-        yield name, old["test"], new["test"], abs(new["test"] - old["test"]) <= 3 * spread(rows)
+        yield name, old["test"], new["test"], abs(new["test"] - old["test"]) <= allowed
