@@ -113,13 +113,23 @@ def _kind_cells(figures: list[Figures]) -> list[str]:
     cells.append(_number(norm, sum("relative_norm" in each.marked for each in figures) >= half))
     cells.append(_number(floor if any(each.floor is not None for each in figures) else None))
     for name in (*MARKABLE[1:], "above"):
-        values = [getattr(each, name) for each in figures if getattr(each, name) is not None]
-        value = statistics.median(values) if values else None
+        value = _median(figures, name)
         value = round(value) if value is not None and name.startswith(("rank_", "above")) else value
         cells.append(_number(value, sum(name in each.marked for each in figures) >= half))
-    states = [STATES[each.status] for each in figures if each.status in STATES]
-    cells.append(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
+    cells.append(_states(figures))
     return cells
+
+
+def _median(figures: list[Figures], name: str) -> float | None:
+    """Median of a figure over the matrices that have it."""
+    values = [getattr(each, name) for each in figures if getattr(each, name) is not None]
+    return statistics.median(values) if values else None
+
+
+def _states(figures: list[Figures]) -> str:
+    """How many are at the floor, equal or not finite: "2 floor, 1 equal"."""
+    states = [STATES[each.status] for each in figures if each.status in STATES]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
 def _words(matrices: dict[str, Figures]) -> Iterator[str]:
@@ -151,9 +161,7 @@ def _vectors(vectors: dict[str, Figures]) -> Iterator[str]:
         yield from ("", "Vectors (biases, norms): ‖ΔW‖/‖W‖, all of a kind taken together; rounding floor", "")
     for name, of in kinds.items():
         norm, floor = together(of)
-        states = [STATES[each.status] for each in of if each.status in STATES]
-        state = ", ".join(f"{states.count(each)} {each}" for each in dict.fromkeys(states))
-        yield f"{printable(name)} ({len(of)})  {_number(norm)} {_number(floor)} {state}".rstrip()
+        yield f"{printable(name)} ({len(of)})  {_number(norm)} {_number(floor)} {_states(of)}".rstrip()
 
 
 def _listed(found: Comparison) -> Iterator[str]:
@@ -187,10 +195,7 @@ def record(found: Comparison) -> dict:
     kinds = []
     for name, of in by_kind(found.figures).items():
         norm, floor = together(of)
-        medians = {}
-        for field in (*MARKABLE[1:], "above"):
-            values = [getattr(each, field) for each in of if getattr(each, field) is not None]
-            medians[field] = statistics.median(values) if values else None
+        medians = {field: _median(of, field) for field in (*MARKABLE[1:], "above")}
         at_floor = sum(each.status == "floor" for each in of)
         kinds.append(
             {"kind": name, "matrices": len(of), "relative_norm": norm, "relative_floor": floor}
