@@ -194,14 +194,17 @@ class Maker:
 
     def sweep(self, stage: str) -> dict:
         """One stage of the recorded sweeps, and sweeps.json with the rows of all stages so far."""
-        rows = self.rows()
-        runs = [run | {"steps": self.steps(run["steps"])} for run in sweeps.STAGES[stage](rows)]
-        with tqdm(total=len(runs), desc=stage, leave=False) as bar:
-            done = sweeps.record_all(
-                runs, self.work / "runs", truncate=stage in sweeps.TRUNCATED, tell=lambda row: bar.update()
-            )
-        known = {row["name"]: row for row in rows} | {row["name"]: row for row in done}
-        self.write_sweeps({"rows": list(known.values())})
+        rows, done = self.rows(), []
+        with tqdm(total=0, desc=stage, leave=False) as bar:
+            while runs := self._wanted(stage, rows, done):
+                bar.total += len(runs)
+                done += sweeps.record_all(
+                    runs,
+                    self.work / "runs",
+                    truncate=stage in sweeps.TRUNCATED,
+                    tell=lambda row: bar.update(),
+                )
+        self.write_sweeps({"rows": list({row["name"]: row for row in (*rows, *done)}.values())})
         return {"runs": len(done), "failed": sum(row["test"] is None for row in done)}
 
     def analysis(self) -> dict:
@@ -252,6 +255,11 @@ class Maker:
         return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
     # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _wanted(self, stage: str, rows: list[dict], done: list[dict]) -> list[dict]:
+        """Runs that a stage of the sweeps asks for, given the rows before it and its own so far, without the latter."""
+        runs = [run | {"steps": self.steps(run["steps"])} for run in sweeps.STAGES[stage](rows + done)]
+        return [run for run in runs if sweeps.name_of(run) not in {row["name"] for row in done}]
 
     def _tune(self, label: str, rate: float, seed: int, sgd: bool = False) -> tuple[dict[str, Tensor], dict]:
         """(ΔW of every parameter, facts of the run); a finished run is read from its checkpoint."""

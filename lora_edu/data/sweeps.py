@@ -287,13 +287,14 @@ LORA_RATES = {
 SEEDS = (0, 1, 2)
 SHORT = 100  # steps of the runs that compare settings with one another
 # Subspaces: numbers trained, and the rate as c √(D / d): P's entries are √(d / D), so c is how far Adam moves a weight.
-# Both c are tried where d₉₀ may lie, the first alone below; the minimum is flat (twice or half changes little).
+# Both c are tried at every d.
 SIZES = {"all": 2_728_000, "blocks": 727_800}
 DIMENSIONS = {
     "all": (1_000, 10_000, 100_000, 1_000_000),
     "blocks": (10_000, 100_000, SIZES["blocks"]),
 }
 WEIGHT_RATES = (3e-3, 6e-3)
+NARROW = 1.4  # seeds of full tuning move d₉₀ by about as much
 FROZEN_RATE = 1.2e-2
 BUDGET = {  # some 80 000 parameters each
     "embedding": 8,
@@ -366,18 +367,65 @@ def subspaces() -> list[dict]:
     In the blocks' largest, d = D, P only reorders and flips signs: that is full tuning of the blocks.
     """
     random = [
-        run_of(
-            method="subspace",
-            targets=scope,
-            dimension=d,
-            rate=float(f"{c * math.sqrt(SIZES[scope] / d):.3g}"),
-        )
-        for scope, dimensions in DIMENSIONS.items()
-        for d in dimensions
-        for c in WEIGHT_RATES[: 2 if d >= SIZES[scope] / 10 else 1]
+        run for scope, dimensions in DIMENSIONS.items() for d in dimensions for run in _subspace(scope, d)
     ]
     frozen = [(8, "all"), (64, "all"), (8, "blocks")]
     return random + [run_of(method="frozen A", rank=r, targets=t, rate=FROZEN_RATE) for r, t in frozen]
+
+
+def _subspace(scope: str, d: int) -> list[dict]:
+    rates = [float(f"{c * math.sqrt(SIZES[scope] / d):.3g}") for c in WEIGHT_RATES]
+    return [run_of(method="subspace", targets=scope, dimension=d, rate=rate) for rate in rates]
+
+
+def by_dimension(rows: Iterable[Mapping], scope: str) -> dict[int, dict]:
+    """Dimension d → the run in a subspace of it whose rate was best on validation text; d = D: full tuning."""
+    rows = list(rows)
+    usual = {"text": "reference", "steps": STEPS, "seed": 0}
+    runs = {"method": "subspace", "targets": scope} | usual
+    sizes = {row["dimension"] for row in rows if runs.items() <= row.items() and row["test"] is not None}
+    found = {d: best(rows, dimension=d, **runs) for d in sorted(sizes)}
+    return found | ({SIZES["all"]: best(rows, method="full", **usual)} if scope == "all" else {})
+
+
+def levels(before: float, full: float) -> dict[str, float]:
+    """The accuracy at d₉₀ of the performance, which counts from zero, and of the gain, which counts from the base."""
+    return {"performance": 0.9 * full, "gain": before + 0.9 * (full - before)}
+
+
+def around(runs: Mapping[int, Mapping], level: float) -> tuple[int, int]:
+    """(the largest d below the smallest that reaches an accuracy, that smallest d), of the runs by dimension."""
+    above = min(d for d, row in runs.items() if row["accuracy"] >= level)
+    return max(d for d in runs if d < above), above
+
+
+def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict]:
+    """d₉₀ bisected in log d, for all parameters and the blocks, of the performance and of the gain.
+
+    The interval between two dimensions of the stage `subspaces` is halved until its ends are within a factor of
+    `NARROW`. Which d comes next depends on what came out, so these are the runs that the rows so far ask for: ask again
+    when they are done, until no new one comes. `before` is the base's accuracy, computed if it isn't given.
+    """
+    rows = list(rows)
+    before = _base_accuracy() if before is None else before
+    asked: dict[str, dict] = {}
+    for scope, grid in DIMENSIONS.items():
+        known = by_dimension(rows, scope)
+        for level in levels(before, known[SIZES[scope]]["accuracy"]).values():
+            low, high = around({d: row for d, row in known.items() if d in (*grid, SIZES[scope])}, level)
+            while high / low > NARROW:
+                middle = int(float(f"{math.sqrt(low * high):.2g}"))
+                asked |= {name_of(run): run for run in _subspace(scope, middle)}
+                if middle not in known:
+                    break
+                low, high = (low, middle) if known[middle]["accuracy"] >= level else (middle, high)
+    return list(asked.values())
+
+
+@cache
+def _base_accuracy() -> float:
+    base = TinyLM.from_state_dict(shipped.load_checkpoint("base"))
+    return measure(base, texts("reference")["test"])["accuracy"]
 
 
 def scaling(rows: Iterable[Mapping]) -> list[dict]:
@@ -455,11 +503,12 @@ def base_losses() -> dict[str, dict[str, float]]:
     return {name: {key: round(value, 4) for key, value in each.items()} for name, each in losses.items()}
 
 
-# Stage → its runs, given the rows of the stages before it.
+# Stage → its runs, given the rows of the stages before it; asked again with its own, it may want more.
 STAGES: dict[str, Callable[[list[dict]], list[dict]]] = {
     "rates": lambda rows: rates(),
     "ranks": ranks,
     "subspaces": lambda rows: subspaces(),
+    "bisection": bisection,
     "scaling": scaling,
     "targets": lambda rows: targets(),
     "scarce": scarce,

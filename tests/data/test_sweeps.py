@@ -17,6 +17,34 @@ from lora_edu.lora import lora_layers
 TINY = sweeps.run_of(rank=1, rate=1e-2, targets="mlp", steps=2, text="manual")
 
 
+def test_bisection_asks_for_runs_until_each_d_90_lies_within_its_factor():
+    right = lambda d: (
+        0.2 + 0.025 * math.log10(d)
+    )  # accuracy of a made-up model, in the blocks two points less
+    accuracy = lambda run: (
+        right(run["dimension"] or sweeps.SIZES["all"]) - 0.02 * (run["targets"] == "blocks")
+    )
+    row = lambda run: (
+        run | {"test": 1.0, "accuracy": accuracy(run), "evaluations": [{"loss": 1 - accuracy(run)}]}
+    )
+    full = sweeps.run_of(method="full", rate=3e-3)
+    rows = [row(run) for run in (full, *sweeps.subspaces()) if run["method"] != "frozen A"]
+    rounds = 0
+    while asked := [run for run in sweeps.bisection(rows, 0.2) if row(run) not in rows]:
+        assert all(1e4 < run["dimension"] < sweeps.SIZES[run["targets"]] for run in asked)
+        rows += map(row, asked)
+        rounds += 1
+    assert 3 <= rounds <= 5
+    for scope, lost in (("all", 0), ("blocks", 0.02)):
+        runs = sweeps.by_dimension(rows, scope)
+        most = accuracy(runs[max(runs)])
+        for what, level in sweeps.levels(0.2, most).items():
+            below, above = sweeps.around(runs, level)
+            assert right(below) - lost < level <= right(above) - lost, (scope, what)
+            assert above / below <= sweeps.NARROW
+    assert sweeps.levels(0.2, 0.4) == pytest.approx({"performance": 0.36, "gain": 0.38})
+
+
 def test_every_run_of_a_stage_has_a_name_of_its_own_that_is_a_file_name():
     rows = load_sweeps()
     for stage, runs in sweeps.STAGES.items():
