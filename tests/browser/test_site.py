@@ -99,7 +99,7 @@ def test_without_scripts_the_start_is_there_and_with_them_nothing_jumps(browser,
     still.goto(f"{disk}{name}.html")
     page = site_driver.open_page(browser, disk, name)
     cells = page.cells()
-    assert len(cells) == still.locator(".explorer").count() >= 2, "each chapter has at least two explorers"
+    assert len(cells) == still.locator(".explorer").count() >= 1, "each chapter has an explorer"
     for number, cell in enumerate(cells):
         start = still.locator(".explorer").nth(number)
         seen, image = page.view(cell), start.locator("img")
