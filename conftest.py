@@ -1,7 +1,7 @@
 """For all tests and notebooks: a reader's folder that is thrown away, and the kernel that checks notebooks.
 
 That kernel has two threads (notebooks are built with one), no network, no writing into the clone, and
-nobody's IPython settings. Nothing here knows a single test.
+nobody's IPython settings. Nothing here knows a single test; the browser's come first, being the longest.
 """
 
 import atexit
@@ -52,3 +52,8 @@ def make_kernel(folder: Path) -> None:
     place = folder / "kernels" / KERNEL
     place.mkdir(parents=True)
     (place / "kernel.json").write_text(json.dumps(specification), encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The browser's files first: each takes minutes, and one that starts last leaves the other worker idle."""
+    items.sort(key=lambda item: "browser" not in item.path.parts)

@@ -19,7 +19,8 @@ OLDEST = (3, 11)
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
 COMMANDS = {
     "lab": ["-m", "lora_edu.cli", "lab"],
-    "test": ["-m", "pytest", "-n", "2", "--dist", "loadfile"],  # a notebook's cells stay with one worker
+    # A notebook's cells stay with one worker; files go out in conftest.py's order, not those of most tests first.
+    "test": ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"],
     "notebooks": ["-m", "lora_edu.notebooks", "build"],
     "data": ["-m", "lora_edu.cli", "data"],
     "site": ["-m", "lora_edu.site"],
