@@ -295,7 +295,7 @@ DIMENSIONS = {
 }
 WEIGHT_RATES = (3e-3, 6e-3)
 NARROW = 1.4  # seeds of full tuning move d₉₀ by about as much
-FROZEN_RATE = 1.2e-2
+FROZEN_RATES = TARGET_RATES = (6e-3, 1.2e-2, 2.4e-2)
 BUDGET = {  # some 80 000 parameters each
     "embedding": 8,
     "head": 8,
@@ -304,7 +304,6 @@ BUDGET = {  # some 80 000 parameters each
     "blocks": 7,
     "all": {"embedding": 2, "head": 2, **dict.fromkeys((*ATTENTION, *MLP), 4)},
 }
-TARGET_RATES = (6e-3, 1.2e-2)
 SCARCE = ("reference/10", "manual")
 
 
@@ -369,8 +368,12 @@ def subspaces() -> list[dict]:
     random = [
         run for scope, dimensions in DIMENSIONS.items() for d in dimensions for run in _subspace(scope, d)
     ]
-    frozen = [(8, "all"), (64, "all"), (8, "blocks")]
-    return random + [run_of(method="frozen A", rank=r, targets=t, rate=FROZEN_RATE) for r, t in frozen]
+    frozen = [
+        run_of(method="frozen A", rank=r, targets=targets, rate=rate)
+        for r, targets in ((8, "all"), (64, "all"), (8, "blocks"))
+        for rate in FROZEN_RATES
+    ]
+    return random + frozen
 
 
 def _subspace(scope: str, d: int) -> list[dict]:
@@ -447,7 +450,7 @@ def scaling(rows: Iterable[Mapping]) -> list[dict]:
 
 
 def targets() -> list[dict]:
-    """Short runs: some 80 000 parameters spent on different matrices, two rates each."""
+    """Short runs: some 80 000 parameters spent on different matrices, three rates each."""
     return [
         run_of(
             rank=rank, targets=name, rate=rate, embedding=1.0 if name == "embedding" else 1 / 3, steps=SHORT
@@ -458,7 +461,7 @@ def targets() -> list[dict]:
 
 
 def scarce(rows: Iterable[Mapping]) -> list[dict]:
-    """Little text: full tuning and LoRA, stopped early, at the rate tuned on plenty of it and at a third of that."""
+    """Little text: full tuning and LoRA, stopped early, at the rate tuned on plenty of it, a third and a ninth."""
     full = best(rows, method="full", text="reference", steps=STEPS, seed=0)
     methods = [
         ({"method": "full", "embedding": full["embedding"]}, full["rate"]),
@@ -467,7 +470,7 @@ def scarce(rows: Iterable[Mapping]) -> list[dict]:
     return [
         run_of(text=text, rate=float(f"{rate * factor:.3g}"), steps=150, patience=2, **settings)
         for text in SCARCE
-        for factor in (1 / 3, 1.0)
+        for factor in (1 / 9, 1 / 3, 1.0)
         for settings, rate in methods
     ]
 
