@@ -479,7 +479,7 @@ def planted() -> list[dict]:
     """LoRA of rank 1, 2 and 4 on the block of chapter 03's planted update, towards the planted model."""
     return [
         run_of(text="planted", rank=r, targets="block 3", rate=rate, steps=400)
-        for rate in (1e-2, 3e-3)
+        for rate in (3e-3, 1e-2, 3e-2)
         for r in (1, 2, 4)
     ]
 

@@ -21,6 +21,8 @@
 # **Time:** 60 minutes to read, one to two to run.
 
 # %% tags=["setup"]
+import math
+
 import torch
 from IPython.display import clear_output
 
@@ -34,6 +36,7 @@ from lora_edu.data import (
     load_sweeps,
 )
 from lora_edu.data.analysis import tuned_runs, usual_runs
+from lora_edu.data.sweeps import by_dimension, levels
 from lora_edu.explore.train_with_lora import at_level
 from lora_edu.lora import add_lora, load_adapter, lora_layers
 from lora_edu.tinylm import TinyLM
@@ -241,6 +244,38 @@ assert all(worth[r] >= 4 * r for r in (1, 2, 4, 8, 16)) and share_cut[64] < shar
 
 # %% [markdown]
 # The last line says it in one number: up to *r* = 16 a trained rank is worth a truncated one of at least four times its size.
+
+# %% [markdown]
+# ### And chapter 02's numbers?
+#
+# Chapter 02 tuned the same model in random subspaces, to the same text, and ended with a promise: LoRA *chooses* its
+# directions, since it trains *A*, and here its numbers stand beside those of a subspace that chooses nothing. The same
+# steps, the same measure (right next tokens), seed 0 of each. **Predict**: for 90 % of full tuning's performance a random
+# subspace took some D90_PERFORMANCE numbers. How many does LoRA take?
+
+# %%
+whole = runs[None, 0]
+random = {d: row["accuracy"] for d, row in by_dimension(rows, "all").items()}
+chosen = {runs[r, 0]["parameters"]: runs[r, 0]["accuracy"] for r in ranks}
+frozen = {
+    row["parameters"]: row["accuracy"]
+    for row in load_sweeps(method="frozen A", targets="all", text="reference", steps=200)
+}
+
+
+def numbers_for(found, level):
+    """How many trained numbers reach an accuracy: a straight line in log numbers between the runs around it."""
+    falling = [(right, math.log10(n)) for n, right in sorted(found.items(), reverse=True)]
+    return round(10 ** at_level(falling, level), -3)
+
+
+needed = {}
+for what, level in levels(before["accuracy"], whole["accuracy"]).items():
+    needed[what] = [numbers_for(found, level) for found in (random, chosen, frozen)]
+    cells = "   ".join(
+        f"{name} {n:,.0f}" for name, n in zip(("random subspace", "LoRA", "A frozen"), needed[what])
+    )
+    print(f"90 % of the {what:11} ({level:.1%} right): {cells}")
 
 # %% [markdown]
 # ### Does it depend on how much there is to learn?
