@@ -287,13 +287,13 @@ LORA_RATES = {
 SEEDS = (0, 1, 2)
 SHORT = 100  # steps of the runs that compare settings with one another
 # Subspaces: numbers trained, and the rate as c √(D / d): P's entries are √(d / D), so c is how far Adam moves a weight.
-# Both c are tried at every d.
+# Three c at the dimensions below, the two larger ones, which were better there, at those that bisection adds.
 SIZES = {"all": 2_728_000, "blocks": 727_800}
 DIMENSIONS = {
     "all": (1_000, 10_000, 100_000, 1_000_000),
     "blocks": (10_000, 100_000, SIZES["blocks"]),
 }
-WEIGHT_RATES = (3e-3, 6e-3)
+WEIGHT_RATES = (3e-3, 6e-3, 1.2e-2)
 NARROW = 1.4  # seeds of full tuning move d₉₀ by about as much
 FROZEN_RATES = TARGET_RATES = (6e-3, 1.2e-2, 2.4e-2)
 BUDGET = {  # some 80 000 parameters each
@@ -366,7 +366,10 @@ def subspaces() -> list[dict]:
     In the blocks' largest, d = D, P only reorders and flips signs: that is full tuning of the blocks.
     """
     random = [
-        run for scope, dimensions in DIMENSIONS.items() for d in dimensions for run in _subspace(scope, d)
+        run
+        for scope, dimensions in DIMENSIONS.items()
+        for d in dimensions
+        for run in _subspace(scope, d, WEIGHT_RATES)
     ]
     frozen = [
         run_of(method="frozen A", rank=r, targets=targets, rate=rate)
@@ -376,8 +379,8 @@ def subspaces() -> list[dict]:
     return random + frozen
 
 
-def _subspace(scope: str, d: int) -> list[dict]:
-    rates = [float(f"{c * math.sqrt(SIZES[scope] / d):.3g}") for c in WEIGHT_RATES]
+def _subspace(scope: str, d: int, weight_rates: Iterable[float]) -> list[dict]:
+    rates = [float(f"{c * math.sqrt(SIZES[scope] / d):.3g}") for c in weight_rates]
     return [run_of(method="subspace", targets=scope, dimension=d, rate=rate) for rate in rates]
 
 
@@ -418,7 +421,7 @@ def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict
             low, high = around({d: row for d, row in known.items() if d in (*grid, SIZES[scope])}, level)
             while high / low > NARROW:
                 middle = int(float(f"{math.sqrt(low * high):.2g}"))
-                asked |= {name_of(run): run for run in _subspace(scope, middle)}
+                asked |= {name_of(run): run for run in _subspace(scope, middle, WEIGHT_RATES[1:])}
                 if middle not in known:
                     break
                 low, high = (low, middle) if known[middle]["accuracy"] >= level else (middle, high)
