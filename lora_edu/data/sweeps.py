@@ -295,7 +295,8 @@ DIMENSIONS = {
 }
 WEIGHT_RATES = (3e-3, 6e-3, 1.2e-2)
 NARROW = 1.4  # seeds of full tuning move d₉₀ by about as much
-FROZEN_RATES = TARGET_RATES = (6e-3, 1.2e-2, 2.4e-2)
+FROZEN_RATES = {8: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2), 64: (6e-3, 1.2e-2, 2.4e-2)}  # by rank
+TARGET_RATES = (6e-3, 1.2e-2, 2.4e-2)
 BUDGET = {  # some 80 000 parameters each
     "embedding": 8,
     "head": 8,
@@ -374,7 +375,7 @@ def subspaces() -> list[dict]:
     frozen = [
         run_of(method="frozen A", rank=r, targets=targets, rate=rate)
         for r, targets in ((8, "all"), (64, "all"), (8, "blocks"))
-        for rate in FROZEN_RATES
+        for rate in FROZEN_RATES[r]
     ]
     return random + frozen
 
