@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -370,8 +371,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     work = user_folder("make", hashlib.sha256(str(arguments.out.resolve()).encode()).hexdigest()[:8])
     if arguments.fresh:
-        for path in [*work.glob("*.safetensors"), arguments.out / "MANIFEST.json"]:
+        for path in [
+            *work.glob("*.safetensors"),
+            *(arguments.out / name for name in ("MANIFEST.json", "sweeps.json")),
+        ]:
             path.unlink(missing_ok=True)
+        shutil.rmtree(work / "runs", ignore_errors=True)
     torch.set_num_threads(2)
     shipped.use_folder(arguments.out)
     try:
