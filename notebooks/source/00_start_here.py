@@ -190,7 +190,8 @@ explore.what_each_rank_writes(prompt, texts, losses, sizes, full=(base_bytes, fu
 
 # %% [markdown]
 # Move the slider: drag it, or click it and use the arrow keys. (The red square is full tuning.) One rank alone, a file of
-# 71 kB, goes about two thirds of the way, and each doubling adds a few per cent. Why is so little enough? Because full
+# 71 kB, goes about two thirds of the way, and each doubling adds four to eight points. Why is so little enough?
+# Because full
 # tuning's change is of low rank? (No, says chapter 03.) Then why? That is what the series is about. Each dot is one run;
 # chapter 07 has several seeds.
 #
@@ -228,7 +229,7 @@ explore.what_each_rank_writes(prompt, texts, losses, sizes, full=(base_bytes, fu
 # | Why is *r* so much smaller than the matrix? What do I save: parameters, memory, time? | [04 · Counting](04_counting.ipynb) |
 # | How do I write it? What does a step of *A* and *B* do? What are *s* and alpha? | [05 · LoRA for a linear layer](05_lora_linear.ipynb) |
 # | And for an embedding, where nothing is multiplied? What does a GPU make of it? | [06 · LoRA for an embedding](06_lora_embedding_gpu.ipynb) |
-# | Which *r*, alpha, learning rate and layers? Is it as good as full tuning? What is forgotten? | [07 · Train with LoRA](07_train_with_lora.ipynb) |
+# | Which *r*, alpha, learning rate and layers? Is it as good as full tuning? What is forgotten? | [07 · Training with LoRA](07_train_with_lora.ipynb) |
 #
 # They are written to be read in order, and each says what it needs. With one evening only, take 05 and 07. What this
 # machine has, and which chapters can run on it (in a terminal: `lora-edu doctor`):

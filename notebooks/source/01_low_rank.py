@@ -420,7 +420,8 @@ assert torch.isclose(S_face.square().sum(), S_shuffled.square().sum())
 
 # %% [markdown]
 # Low rank is a property of the *order*, not of the numbers. What is left without order can be predicted from one
-# number, the standard deviation σ of an entry. The singular values of a large *m* × *n* matrix of independent entries
+# number, the standard deviation of an entry. Call it σ: from here on a σ without an index is this one. The singular
+# values of a large *m* × *n* matrix of independent entries
 # with mean 0 end at
 #
 # > σ(√*m* + √*n*),
@@ -490,7 +491,7 @@ for s in strengths:
 # Below *s* = √*n* = 20 there is no trace. Above, the largest singular value leaves the noise, although the hidden term
 # alone is still only half as strong as the noise: signal and noise add up. And the direction turns gradually. With
 # θ = *s*/√*n* theory says (Benaych-Georges & Nadakuditi 2012): nothing up to θ = 1; then a singular value at
-# (θ + 1/θ)√*n*, with the squared overlap 1 − 1/θ². For *m* × *n* the threshold is ∜(*mn*).
+# (θ + 1/θ)√*n*, with the overlap (the squared cosine) 1 − 1/θ². For *m* × *n* the threshold is ∜(*mn*).
 
 # %%
 for s, top, overlap in zip(strengths, largest, overlaps, strict=True):
@@ -815,4 +816,4 @@ print(exercises.check_01_6(answer))
 # - Roy & Vetterli, *The effective rank* (2007). Hu et al., *LoRA* (2021, arXiv 2106.09685), §7.2 for the similarity of
 #   subspaces; its figure 4 sets two random matrices beside two runs, as a floor.
 #
-# Next: chapter 03 looks at ΔW of a model that was really tuned.
+# Next: chapter 02, in how few dimensions a model can be tuned; chapter 03 looks at ΔW of a model that was really tuned.

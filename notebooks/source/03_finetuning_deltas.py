@@ -385,7 +385,7 @@ assert 6 < often["SGD"] < 10 and 6 < often["AdamW"] < 10
 # state, and over all rows *p* − *y* sums to zero. Adam rescales entry by entry, and the zero is lost.
 #
 # Once both are out of the way, the two optimisers agree on the rank of the head's update: a stable rank of about 8.
-# The slider drops the rows of tokens that occur less than *n* times.
+# The slider drops the rows of tokens that occur fewer than *n* times.
 
 # %% tags=["nbval-ignore-output"]
 assert float(heads["AdamW"][counts < 10].square().sum() / heads["AdamW"].square().sum()) > 0.6
@@ -400,7 +400,8 @@ explore.rare_rows(heads, counts)
 #
 # Here is a case where the right answer is known. Take the base and add to one matrix an update of rank 2, half as large
 # as the matrix itself. Call the result the teacher. Then tune the *base* towards the teacher (its next-token
-# probabilities on code, KL divergence), with all six matrices of that block free and nothing said about rank.
+# probabilities on code; the loss is the KL divergence, the mean of ln(teacher's / student's probability) under the
+# teacher, 0 where they agree), with all six matrices of that block free and nothing said about rank.
 #
 # **Predict**: of what rank is the update that tuning finds in the planted matrix, and will its spectrum show the 2?
 
@@ -461,7 +462,8 @@ assert one[1] < 0.75 and 0.85 < one[2] and six[2] > 0.85 and six[64] - six[2] < 
 # the answer, full tuning finds it, and both the spectrum and the behaviour show a step at the right place.
 #
 # Now go back to the slider of section 2 and look for such a step. There is none, in any kind of matrix but the head,
-# whose step section 6 explained. And the behaviour in section 3 rises with every rank, up to 64. **The update from code to
+# whose step section 6 explained. And the behaviour in section 3 goes on rising up to rank 64, with no step. **The
+# update from code to
 # documentation is not a low-rank update with noise on top.** It is of a rank that this model has no room to call low.
 
 # %% [markdown]
@@ -487,7 +489,8 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 assert read_back[torch.float32] == read_back[torch.float16] == 7 and read_back[torch.bfloat16] > 45
 
 # %% [markdown]
-# bfloat16 keeps 8 bits of each number. An update of 0.3 % is smaller than most of its steps: many weights do not move at
+# bfloat16 keeps 8 significant bits of each number. An update of 0.3 % is smaller than most of its steps: many
+# weights do not move at
 # all, others move too far, and the difference of the files is off by three quarters of ΔW. Its rank is that of the
 # rounding. (So would yours be, had you compared a bfloat16 checkpoint before and after a gentle fine-tune.) This is why
 # our base was rounded *before* it was tuned, and why ΔW ships instead of W_f.
@@ -533,7 +536,8 @@ for name, dW in sorted(lowrank.deltas(old, new, matrices_only=True).items())[::5
 # ## What to remember
 #
 # - A fully tuned ΔW has full rank. "r = rank(ΔW)" is no recipe.
-# - Here its spectrum falls no faster than that of the weights themselves: 90 % of the energy takes a third to two thirds
+# - Outside the head its spectrum falls only a little faster than that of the weights themselves: 90 % of the energy
+#   takes a third to two thirds
 #   of the full rank, and cut to rank 8 the update keeps less than half of its gain, in two seeds alike.
 # - So if LoRA at rank 8 works, it is not because full tuning's update *is* of rank 8. A trained rank-8 update is another
 #   matrix than the truncated one.

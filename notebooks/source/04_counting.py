@@ -156,7 +156,7 @@ assert 19.5 < llama["linear"] / llama["embedding"] < 20
 #
 # - Not 'never the embedding': it is one matrix, the linear layers are hundreds. In Llama-3-8B all of them
 #   together take almost twenty times its number.
-# - But the same numbers spent there reach only the tokens that occur. Row *t* of the token side is read and
+# - But the same numbers spent there reach only the tokens that occur. Column *t* of *A* is read and
 #   trained when token *t* is in the batch, and a tuning text uses a part of the vocabulary. Chapter 06 counts
 #   which rows move.
 # - So adapt the embedding when the *tokens* have to mean something new (added tokens, another language, a
@@ -210,8 +210,8 @@ assert f"{2 * budget / 1e6:.1f} {2 * budget / 2**20:.1f} {350e9 / (2 * budget):.
 #   where they come from; the paper does not say.
 # - **DeBERTa-XXL.** 4.7 M needs *r* = 16. The appendix says 8, the authors' own training scripts 16: the
 #   scripts agree with the count.
-# - **Appendix D.4** offers *r* = 2 on all four attention matrices as a way to spend 37.7 M. That is 18.9 M,
-#   as in the paper's own table 5.
+# - **Appendix D.4** offers *r* = 2 on all four attention matrices as a way to spend 37.7 M. That is 18.9 M; the
+#   paper's own table 5 has it too, cut to 18 M.
 # - **35 MB and 10 000-fold.** The adapter of GPT-3 at *r* = 4 has 18 874 368 numbers: 37.7 MB in half
 #   precision, or 36.0 MiB. 350 GB is 9 272 times as much. The paper says 'roughly', and it is.
 #
@@ -252,7 +252,7 @@ explore.which_matrices()
 # %% [markdown]
 # ## FLOPs: how much work is saved?
 #
-# LoRA on *W_q* and *W_v* trains 0.24 % of GPT-2. **Predict before you run.** How much of the *work* of a
+# LoRA on *W_q* and *W_v* at *r* = 8 trains 0.24 % of GPT-2. **Predict before you run.** How much of the *work* of a
 # training step does it save: almost all, two thirds, one third, or nothing?
 #
 # Here is LoRA for a linear layer, written out. *B* starts at zero, so that the layer begins as it was
@@ -344,7 +344,9 @@ assert 0.66 < gpt3[1] / gpt3[0] < 0.68
 # and the result of attention, and the softmax over the vocabulary. These it needs to send the gradient
 # through, whatever is trained.
 #
-# **Predict before you run.** TinyLM, 16 texts of 256 tokens, float32, AdamW. Full tuning against LoRA at *r*
+# **Predict before you run.** TinyLM as it is built here, with four layers and 2.5 million numbers (the base model of
+# the other chapters has six layers and 2.7 million); 16 texts of 256 tokens, float32, AdamW. Full tuning against
+# LoRA at *r*
 # = 8 on *W_q* and *W_v*: how much memory does LoRA save? And which of the four is the largest?
 
 
@@ -461,7 +463,8 @@ assert abs(packaged.activations / tiny["TinyLM, LoRA"].activations - 1) < 0.10
 # %% [markdown]
 # ## Where the saving shows
 #
-# GPT-2 is fifty times as large, with a vocabulary only five times TinyLM's. **Predict before you run.** Two
+# GPT-2 is fifty times as large as this TinyLM, with a vocabulary only five times TinyLM's. **Predict before you
+# run.** Two
 # texts of 64 tokens, LoRA at *r* = 8 on `c_attn`, everything else as before: how much does LoRA save now?
 
 # %%
@@ -529,7 +532,7 @@ plots.show(plots.stacked_panels(panels, "MB"), sentence)
 # **What follows.** LoRA does not shrink the weights, and the activations by little: 13 % and 15 % here. What
 # it removes is gradients and optimiser state, with Adam three times the weights. So it helps most where the
 # model is large and the batch small; and once it has helped, the weights themselves are what is left. That is
-# where a packed base comes in (QLoRA, chapter 09).
+# where a packed base comes in (QLoRA: Dettmers et al. 2023).
 
 # %%
 STEP = {"batch": 1, "sequence": 512, "dtype": "bfloat16"}

@@ -320,7 +320,8 @@ print(f"away from that by at most {away.abs().max():.4f}")
 assert abs(mean.diagonal().mean() * 300 / 8 - 1) < 0.01 and away.abs().max() < 0.002
 
 # %% [markdown]
-# **Why.** The shorter the shadow, the larger the angle: about √(*r* / (*r* + in + 1)). In expectation *AᵀA*
+# **Why.** The shorter the shadow, the larger the angle: its cosine is about √(*r* / (*r* + in + 1)). In expectation
+# *AᵀA*
 # is *r* · variance · **identity**: no direction is preferred. So *on average over draws* LoRA's first step is
 # SGD's, with the learning rate η *s*² *r* / (3 in). But one draw sees *r* directions of 100, and its step is
 # nearly at right angles to the gradient (cosine 0.27 at *r* = 8). It still goes downhill if η is small: *G*
@@ -518,7 +519,7 @@ assert max(best.values()) - min(best.values()) < 0.05
 # So alpha is no knob of its own. Three things can be set, alpha, the learning rate and the size of *A*₀, and
 # two of them suffice. Tune the learning rate, and what is left of alpha is how fast *B* moves compared with
 # *A*: here it makes next to no difference between 4 and 64. What is said about 'the best alpha' is mostly
-# said about a learning rate. (Two learning rates on purpose: LoRA+, chapter 09.) And why alpha / *r*, or
+# said about a learning rate. (Two learning rates on purpose: LoRA+, see 'Where to read on'.) And why alpha / *r*, or
 # alpha / √*r* as in rsLoRA? Only to carry *one* learning rate from one rank to the next:
 #
 # ## 7 · Twice the rank, the same alpha
@@ -676,7 +677,8 @@ plots.show(
 )
 
 # %% [markdown]
-# At a thousandth, about four fifths of ΔW are gone in bfloat16, and a fifth in float16. An entry of ΔW that
+# At a thousandth, about four fifths of ΔW are gone in bfloat16, and a fifth in float16. (Chapter 03's three quarters
+# at 0.003 came from rounding *both* files; here *W* is already in the format.) An entry of ΔW that
 # is less than half a step of *W*'s format vanishes altogether, others are rounded up to a whole step. Our
 # tuned *W* changes by far more than a thousandth, so it is safe; a gentle tuning of a large model may not be.
 # Not merging avoids it: the update is then added to the *output*, at its own precision. Read
@@ -780,8 +782,8 @@ assert all(torch.equal(value, before[name]) for name, value in model.state_dict(
 # - Under Adam, alpha · *c* with learning rate and *A*₀ divided by √*c* is the same run. alpha alone is a
 #   learning rate of *B*.
 # - Same alpha, larger *r*: smaller steps; and for a finished adapter, a smaller ΔW.
-# - Merging rounds. Subtracting does not undo it, keeping the original does. bfloat16 can swallow half of a
-#   small ΔW.
+# - Merging rounds. Subtracting does not undo it, keeping the original does. bfloat16 swallows four fifths of a ΔW
+#   that is a thousandth of *W*.
 
 # %% [markdown]
 # ## Exercises

@@ -185,7 +185,7 @@ for name, its in results.items():
 # %% [markdown]
 # 'Equal' is up to the last digits of float32, in which the order of sums shows (here: within a hundred-thousandth of the
 # largest entry). Now merge: put *W* + Δ*W* in the place of *W*, so that inference costs what a plain embedding costs.
-# The three libraries are told so in three ways.
+# lora_edu and PEFT have a method for it; loralib does it in `eval()`.
 
 # %%
 merged = {"from scratch": W + layers["from scratch"][0].delta_weight().detach()}
@@ -249,7 +249,8 @@ assert moved["A"] == different < 41 and moved["B"] == V
 print(f"{different} different tokens; A = 0: {moved['A']} rows move; B = 0: {moved['B']} rows move")
 
 # %% [markdown]
-# **Why.** With *A* = 0 the gradient of *B*, *s* · *G*ᵀ *A*[tokens], is zero, and that of *A* has rows only where tokens
+# **Why.** With *A* = 0 the gradient of *B*, *s* · *G*ᵀ *A*[tokens] (*G* is here the gradient of the layer's output,
+# a row a token), is zero, and that of *A* has rows only where tokens
 # stood. With *B* = 0 it is the other way round: *A* stays, *B* moves, and *B* belongs to everybody. A token that was
 # never seen has a random row in *A*, so its row of Δ*W* moves in a random direction as *B* learns from the others.
 #
@@ -327,8 +328,9 @@ plots.show(
 
 # %% [markdown]
 # Two of the predictions are easy: started at *A* = 0, rows never seen stay exactly where they were, and started at
-# *B* = 0 they move on average as far as those that were seen. The text has shown about three tokens in ten. And code, which is
-# written with all of them, suffers more from *B* = 0, at both learning rates. At the larger one its loss on code rises more
+# *B* = 0 they move on average as far as those that were seen. (Rows seen also move two to three times as far as from
+# *A* = 0: *B* moves at every step, a row of *A* only when its token comes up.) The text has shown about three tokens in
+# ten. And code, which is written with all of them, suffers more from *B* = 0, at both learning rates. At the larger one its loss on code rises more
 # than one and a half times as much (on our machine three to six times, over three seeds). On docstrings the two are close at
 # the smaller rate, so there one may well see 'no meaningful difference', until one looks at what was *not* tuned for.
 #
@@ -371,7 +373,8 @@ assert len(explorer.pictures) == 35
 explorer
 
 # %% [markdown]
-# √(3*d), 17 at *d* = 100, at every *r* and alpha: both go as *s*√*r* = alpha/√*r*, and so does not their ratio. At the
+# √(3*d), 17 at *d* = 100, at every *r* and alpha: both are proportional to *s*√*r* = alpha/√*r*, so their ratio
+# depends on neither. At the
 # same learning rate a fresh embedding runs ahead of the linear layers beside it, so give it a rate of its own, several
 # times smaller, before concluding that adapting embeddings harms a model.
 #
@@ -400,8 +403,9 @@ print("\n".join(f"{number}. {words}" for number, words in enumerate(steps, 1)))
 # 2. `nn.Embedding.forward` looks up *W*[*t*], with all of torch's options applied to the frozen table.
 # 3. *A* is stored (*r*, *V*), and `F.embedding` wants a row a token: hence the transposed view. The *r* numbers of a token
 #    now lie *V* places apart.
-# 4. and 5. The options of an `nn.Embedding` are handed on to this second look-up. They were made for a table whose rows
-#    are the output. Here the rows are coordinates: *r* numbers that still have to pass through *B*.
+# 4. The options of an `nn.Embedding` are handed on to this second look-up, two of them here
+# 5. and the rest here. They were made for a table whose rows are the output. Here the rows are coordinates: *r* numbers
+#    that still have to pass through *B*.
 # 6. *r* numbers become *d*, and *s* is applied to all *d* of them.
 # 7. Merged, or *r* = 0: a plain look-up.
 #
@@ -725,8 +729,9 @@ explore.roofline()
 
 # %% [markdown]
 # About *r* / 2 operations a byte: 2*dr* operations for 4*d* bytes. At every usual rank the look-up is on the slope, where
-# multiplying is free and moving is not, and the chain is on it as well: it does the same operations, and moves four times
-# the bytes. Only at *r* in the hundreds would the two meet the ridge.
+# multiplying is free and moving is not, and loralib's chain of operations is on it as well: it does the same
+# operations, and moves four times
+# the bytes. One pass would meet the ridge only at *r* ≈ 640, the chain at several thousand.
 #
 # The figures of the cards are those that NVIDIA **publishes**; no kernel reaches them. And nothing in this picture was
 # **measured**: it says what cannot be beaten. (Section 9 says what has been measured so far.)

@@ -222,10 +222,11 @@ explore.trained_and_truncated(trained, truncated, full, before["test"], paramete
 #
 # And 'nearly' has a price. Each doubling of *r* brings a few points, all the way. 95 % of the gain takes *r* = 32 (the mean of
 # the seeds; one of the three falls just short), which is over a third of the model's numbers, and only *r* = 64 is level with full tuning. That *r* = 8 'is as good as full
-# tuning' is no law. (32 is a third of this model's width. A wider model may well need a smaller *share*: this is what
-# chapters 11 and 12 can ask, on real ones.)
+# tuning' is no law. (32 is a third of this model's width. A wider model may well need a smaller *share*; that is not
+# measured here.)
 #
-# Time is not what LoRA saves: forward and backward pass stay. (The seconds are those of one core of a busy machine; runs with
+# Time is not saved here. The third of the work that chapter 04 counts does not show in so small a model. (The
+# seconds are those of one core of a busy machine; runs with
 # the same settings differed by a third.)
 
 # %%
@@ -250,8 +251,8 @@ assert all(worth[r] >= 4 * r for r in (1, 2, 4, 8, 16)) and share_cut[64] < shar
 #
 # Chapter 02 tuned the same model in random subspaces, to the same text, and ended with a promise: LoRA *chooses* its
 # directions, since it trains *A*, and here its numbers stand beside those of a subspace that chooses nothing. The same
-# steps, the same measure (right next tokens), seed 0 of each. **Predict**: for 90 % of full tuning's performance a random
-# subspace took some 65 000 numbers. How many does LoRA take?
+# steps, the same measure (right next tokens), seed 0 of each. **Predict**: for 90 % of full tuning's performance a
+# random subspace took between 57 000 and 75 000 numbers. How many does LoRA take?
 
 # %%
 whole = runs[None, 0]
@@ -284,12 +285,13 @@ print(
 assert 80_000 < eight[1] < 160_000
 
 # %% [markdown]
-# **About twice as many.** Training *A* as well pays: with *A* frozen at random, 1.6 to two times LoRA's numbers are needed.
+# **About twice as many.** Training *A* as well pays: with *A* frozen at random, 1.6 to two times LoRA's numbers are
+# needed (from two ranks of it, 8 and 64).
 # But a random subspace, whose updates have full rank, needs only half of them, for the same words predicted. So the number
 # of trained numbers is not what LoRA saves best. In a model of width 100 a rank costs much (a third of LoRA's numbers sit in the
 # embedding, the worst place for them by section 5), wider ones may differ, and this is one seed.
 #
-# Why then does nobody tune in random subspaces? Because of what a step costs. The subspace needs the gradient of *every*
+# Why then is this not how models are tuned? Because of what a step costs. The subspace needs the gradient of *every*
 # weight before it can be projected, and a look-up for every weight; the tuned weights cannot be had without going over
 # all of them. LoRA never forms a gradient of *W*, and *BA* can be applied beside it, or swapped.
 
@@ -327,7 +329,8 @@ for name, shares in few.items():
 # gain become three quarters. Trained at *r* = 8, a tenth of the docstrings gives the same share as all of them, but the
 # manual no more than the cut does. So what a trained rank is worth over a truncated one **depends on the text and on how
 # much of it there is**: a quarter of the gain with all docstrings at *r* = 8, a tenth with a tenth of them, nothing on
-# the manual. (The best rate is a third of section 2's, in one case a ninth: less text, smaller steps.)
+# the manual. (The best rate is a third of section 2's; on the manual, for full tuning and *r* = 8, a ninth, the
+# smallest that was tried: less text, smaller steps.)
 
 # %%
 gaps = {name: {r: t - c for r, (t, c) in shares.items()} for name, shares in few.items()}
@@ -342,7 +345,8 @@ assert 0.79 < few["a tenth"][8][0] < 0.9 and all(
 # %% [markdown]
 # ## 4 · alpha = 2*r*? *r*? *r*/2?
 #
-# No question about LoRA is asked more often, and the answers are rules of thumb. Chapter 05 has proved one thing: under
+# Few questions about LoRA are asked more often, and the answers are rules of thumb. Chapter 05 has proved one thing:
+# under
 # Adam, alpha · *c* with the learning rate *and A*₀ divided by √*c* is the same run. And alpha · *c* alone is a learning
 # rate *c* times as large for the factor that starts at zero. So what is left to choose?
 #
@@ -473,7 +477,8 @@ for targets, row in sorted(places.items(), key=lambda item: item[1]["test"]):
     )
 
 # %% [markdown]
-# **Everywhere, at a low rank**: by a quarter of a nat over the next best, which is ten times what two seeds differ by. The
+# **Everywhere, at a low rank**: by more than a fifth of a nat over the next best, which is ten times what two seeds
+# differ by. The
 # embedding alone is the worst place. The MLP alone beats the attention alone; the two together at half the rank are
 # hardly better than the MLP. (Each place had three learning rates and is shown at its best, mostly the largest, 0.024; one
 # seed. At each of the three rates the order is the same.)
@@ -496,8 +501,9 @@ assert 0.65 < of["attention"] / of["all"] < 0.8
 # %% [markdown]
 # ## 6 · What is forgotten?
 #
-# Tuned to docstrings, the model gets worse at code. 'LoRA learns less and forgets less' is the title of a paper. To
-# compare forgetting after so many *steps* would be unfair: who has learnt less has less to forget by. So follow each run
+# Tuned to docstrings, the model gets worse at code. 'LoRA learns less and forgets less' is the title of a paper
+# (Biderman et al. 2024). To compare forgetting after so many *steps* alone would be unfair: who has learnt less has
+# less to forget by. That paper, too, plots the one against the other (§4.3). So follow each run
 # and read off the loss on code where the loss on docstrings is **the same**.
 #
 # **Predict**: at equal gain, which has lost more on code, full tuning or LoRA?
@@ -546,10 +552,14 @@ plots.show(
 # Every line climbs from its smallest rate to its largest. **It is the learning rate that forgets.** Full tuning at 0.003
 # and at 0.006 ends at the same loss on docstrings, and the larger rate has lost half a nat more on code, for nothing.
 #
-# Full tuning and *r* = 64 lie on one line: who learns as much forgets as much, LoRA or not. The small ranks lie to the left
-# of it: for the same loss on code they have learnt less. *r* = 8 at its best has learnt less than *r* = 64 at its *smallest* rate, and has lost more
+# At their smaller rates full tuning and *r* = 64 lie on one line (at 4.05 nats, 4.52 and 4.50 on code). At their
+# best rates, both at 4.00, *r* = 64 has lost 0.15 nats more. The small ranks lie to the left of that line: for the
+# same loss on code they have learnt less. *r* = 8 at its best has learnt less than *r* = 64 at its *smallest* rate,
+# and has lost more
 # on code, and *r* = 1 compares with *r* = 8 in the same way. So in this model a low rank learns less **and forgets more
-# for what it learns**: it needs a high rate to get anywhere, and the rate forgets. Who wants to keep the base's skills
+# for what it learns**: it needs a high rate to get anywhere, and the rate forgets. (The slider showed full tuning
+# and *r* = 8 level: it stops full tuning half-way, at its best rate. A full run at a smaller rate gets as far for
+# less.) Who wants to keep the base's skills
 # takes a smaller rate, or a larger rank, before choosing between LoRA and full tuning.
 #
 # (The embedding's own rate counts too. At *r* = 8 and 0.012 we let it run at the full rate instead of a third: no better
@@ -645,12 +655,13 @@ for name in ("embedding", "blocks.0.attention.query", "blocks.3.attention.value"
     one, other = (getattr(layers[name], factor).detach() for layers in (fresh, after))
     turned[name] = lowrank.subspace_similarity(one, other, 8, 8, side)
     print(f"{name:25} {factor}: φ(8, 8) of start and end {turned[name]:.2f}, chance 0.08")
-assert turned["embedding"] > 0.9 and all(turned[name] < 0.8 for name in turned if name != "embedding")
+assert turned["embedding"] > 0.9 and all(0.25 < turned[name] < 0.45 for name in turned if name != "embedding")
 
 # %% [markdown]
-# **The embedding's stay where the seed put them**: *B* starts at *N*(0, 1), and Adam moves a number by about a learning rate a
-# step. What the tokens learn are their coordinates in eight random directions (chapter 06), and two seeds need not
-# share any. The linear layers' *A* starts small, grows two- to threefold and turns away from its start; a third of it is left.
+# **The embedding's stay where the seed put them**: *B* starts at *N*(0, 1). Adam's steps here are at most 0.008
+# long, and they do not all point the same way: in 200 of them *B* has moved by an eighth of its length. What the
+# tokens learn are their coordinates in eight random directions (chapter 06), and two seeds need not
+# share any. The linear layers' *A* starts small, about doubles, and turns away from its start: φ falls to a third.
 
 # %% [markdown]
 # ### How large are the updates, and of what rank?
@@ -746,8 +757,9 @@ for each in analysis["intruders"]:
     print(f"{name:7}", "   ".join(cells))
 
 # %% [markdown]
-# The report is confirmed: at *t* = 0.5 LoRA of *r* = 8 leaves three to four intruders among the ten strongest directions, full
-# tuning one in three matrices. But the brackets say the same: **a ΔW of that size and rank leaves that many, whatever
+# The report is confirmed: at *t* = 0.5 LoRA of *r* = 8 leaves three to four intruders among the ten strongest
+# directions, full tuning two in five matrices. But the brackets say the same: **a ΔW of that size and rank leaves
+# that many, whatever
 # its directions.** LoRA does nothing peculiar here. Its update is large and sits in few directions, and any such update
 # pushes new directions to the front. (Full tuning has *more* than its shuffled twin, few as they are.)
 
@@ -816,12 +828,13 @@ assert 0.6 < planted[1] < 0.8 and min(planted[2], planted[4]) > 0.97
 #
 # | who | what they report | here |
 # | --- | --- | --- |
-# | Hu et al. 2021, table 5 | a fixed number of parameters does better in more kinds of matrix at a lower rank | yes (section 5) |
-# | Hu et al. 2021, table 6 | *r* = 1 is about as good as *r* = 64 | no: two thirds of the gain, and every doubling helps |
-# | Schulman et al. 2025 | LoRA on all layers, MLPs above all, follows full tuning until its capacity is used up | everywhere is best, MLP before attention: yes. Level with full tuning only at *r* = 64 |
-# | the same | best learning rate about ten times full tuning's, nearly independent of rank | with one alpha for all ranks: six to eight times, and independent as far as our grid can tell. With alpha = *r*: no, two to sixteen times |
-# | Biderman et al. 2024 | LoRA learns less and forgets less | learns less: yes, below *r* = 64. Forgets less: not at equal gain; low ranks forget more |
-# | the same | full tuning's ΔW has a rank 10 to 100 times that of a usual LoRA | 90 % of the energy takes six to ten times as many directions as in LoRA's of *r* = 8 (27 to 69 against 4 to 7) |
+# | Hu et al. 2021, table 5 | within the attention, a fixed number of parameters does best in several kinds of matrix at a lower rank (*W*_q with *W*_v, or all four) | yes, over the whole model (section 5) |
+# | Hu et al. 2021, table 6 | *r* = 1 is about as good as *r* = 64, if *W*_q and *W*_v are both adapted; not expected for every task (footnote 6) | no: two thirds of the gain, and every doubling helps |
+# | Schulman et al. 2025 | LoRA on all layers, MLPs above all, follows full tuning until its capacity is used up | MLP before attention, and attention adds hardly anything to the MLP: yes. What makes everywhere best here is embedding and head. Level with full tuning only at *r* = 64 |
+# | the same | best learning rate about ten times full tuning's, nearly independent of rank (alpha = 32 at every rank) | with alpha = 8 at every rank: six to eight times (by the exchange rule half of that at alpha = 32), and independent as far as our grid can tell. With alpha = *r*: no, two to sixteen times |
+# | Biderman et al. 2024 | LoRA learns less and forgets less; at equal learning it is better on code, full tuning on mathematics (§4.3) | learns less: yes, below *r* = 64. Forgets less: not at equal gain. At the ends of runs low ranks forget more; half-way, at tuned rates, *r* = 8 and full tuning are level |
+# | the same | full tuning's ΔW has a rank 10 to 100 times that of a usual LoRA | by their count, 90 % of full tuning's energy against the rank as set: three to nine times *r* = 8 (27 to 69 directions). Against what LoRA of *r* = 8 itself uses (4 to 7): six to ten times |
+# | the same (§4.7) | alpha = 2*r* matters, above all at high ranks; a higher rate does not replace it | no: alpha and the rate replace each other (section 4) |
 # | Shuttleworth et al. 2024 | LoRA leaves intruder directions, full tuning few | yes, ten times as many at *r* = 8; and as many as any update of that size and rank would leave |
 
 # %% [markdown]
@@ -921,4 +934,3 @@ print(exercises.check_07_5(shrink))
 # - Biderman et al. 2024, *LoRA Learns Less and Forgets Less*; Shuttleworth et al. 2024, *LoRA vs Full Fine-tuning: An
 #   Illusion of Equivalence*.
 # - Kalajdzievski 2023, *A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA* (arXiv 2312.03732).
-# - Next here: other ways to tune, of which LoRA is one (chapter 08).

@@ -7,8 +7,9 @@
 # %% [markdown]
 # # LoRA, measured
 #
-# Low-rank adaptation from the singular value decomposition to the GPU. Every number in these chapters is computed
-# on your machine while you read, with no network and no graphics card; every slider answers at once.
+# Low-rank adaptation from the singular value decomposition to the GPU. What can be computed in a minute is computed on
+# your machine while you read; longer runs were recorded, and are called so. You need no network and no graphics card, and
+# every slider answers at once.
 #
 # You should be able to read PyTorch and remember what a matrix product is. Begin with
 # [Start here](00_start_here.ipynb): it takes five minutes. Each chapter says what it needs, and ends with exercises
