@@ -352,9 +352,14 @@ def tuned(rows: Iterable[Mapping], rank: int, **settings) -> dict:
     return run_of(rank=rank, rate=rate_for(rows, rank), embedding=embedding_for(rows), **settings)
 
 
+def tuned_full(rows: Iterable[Mapping]) -> dict:
+    """Full tuning at the tuned rates."""
+    return best(rows, method="full", text="reference", steps=STEPS, seed=0)
+
+
 def ranks(rows: Iterable[Mapping]) -> list[dict]:
     """LoRA at every rank and full tuning at their tuned rates, three seeds each."""
-    full = best(rows, method="full", text="reference", steps=STEPS, seed=0)
+    full = tuned_full(rows)
     found = [tuned(rows, r, seed=seed) for seed in SEEDS for r in RANKS]
     return found + [
         run_of(method="full", rate=full["rate"], embedding=full["embedding"], seed=s) for s in SEEDS
@@ -388,11 +393,10 @@ def _subspace(scope: str, d: int, weight_rates: Iterable[float]) -> list[dict]:
 def by_dimension(rows: Iterable[Mapping], scope: str) -> dict[int, dict]:
     """Dimension d → the run in a subspace of it whose rate was best on validation text; d = D: full tuning."""
     rows = list(rows)
-    usual = {"text": "reference", "steps": STEPS, "seed": 0}
-    runs = {"method": "subspace", "targets": scope} | usual
+    runs = {"method": "subspace", "targets": scope, "text": "reference", "steps": STEPS, "seed": 0}
     sizes = {row["dimension"] for row in rows if runs.items() <= row.items() and row["test"] is not None}
     found = {d: best(rows, dimension=d, **runs) for d in sorted(sizes)}
-    return found | ({SIZES["all"]: best(rows, method="full", **usual)} if scope == "all" else {})
+    return found | ({SIZES["all"]: tuned_full(rows)} if scope == "all" else {})
 
 
 def levels(before: float, full: float) -> dict[str, float]:
@@ -466,7 +470,7 @@ def targets() -> list[dict]:
 
 def scarce(rows: Iterable[Mapping]) -> list[dict]:
     """Little text: full tuning and LoRA, stopped early, at the rate tuned on plenty of it, a third and a ninth."""
-    full = best(rows, method="full", text="reference", steps=STEPS, seed=0)
+    full = tuned_full(rows)
     methods = [
         ({"method": "full", "embedding": full["embedding"]}, full["rate"]),
         *(({"rank": r}, rate_for(rows, r)) for r in (1, 8)),
