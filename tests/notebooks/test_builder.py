@@ -159,7 +159,8 @@ def test_an_unknown_chapter_is_answered_with_those_there_are(folder):
 
 
 def test_the_replies_of_a_prediction_are_not_read_in_its_code(folder):
-    question = '# %%\nexplore.predict("Why?", {"so": "Because.", "not": "Look."})\n\n# %% [markdown]\n# explore.predict( in a text\n'
+    question = '# %%\nexplore.predict("Why?", {"so": "Because.", "not": "Look."})\n\n'
+    question += "# %% [markdown]\n# explore.predict(\n"
     write_source(folder, CHAPTER.replace("# %%\nassert 1 < 2\n", question, 1))
     chapter, _ = notebooks.editions("99_try", folder)
     hidden = [cell.source for cell in chapter.notebook.cells if "jupyter" in cell.metadata]
