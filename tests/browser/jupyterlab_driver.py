@@ -85,8 +85,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def lab(home: Path) -> Iterator[Server]:
-    """`lora-edu lab` as a reader starts it; all it keeps is under `home`, nothing of the user's is read."""
+def lab(home: Path, kernels: Path | None = None) -> Iterator[Server]:
+    """`lora-edu lab` as a reader starts it; all it keeps is under `home`, nothing of the user's is read.
+
+    kernels: a folder whose kernels/ counts for more than what is installed.
+    """
     own = {
         "LORA_EDU_HOME": home / "course",
         "JUPYTER_CONFIG_DIR": home / "config",
@@ -96,6 +99,8 @@ def lab(home: Path) -> Iterator[Server]:
         "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces",
         "IPYTHONDIR": home / "ipython",
     }
+    if kernels is not None:
+        own["JUPYTER_PATH"] = kernels
     command = [sys.executable, "-m", "lora_edu.cli", "lab", "--no-browser", "--port", "0"]
     command += ["--LabApp.expose_app_in_browser=True"]  # so that a test can ask JupyterLab what it is doing
     home.mkdir(parents=True, exist_ok=True)
@@ -176,6 +181,10 @@ class NotebookPage:
         self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
         self.page.wait_for_function(f"() => !({PANEL}).context.model.dirty")
 
+    def ran(self) -> list[str]:
+        """The sources of the cells that the kernel has run, in that order."""
+        return json.loads(self.page.evaluate(ASK_KERNEL, TELL_HISTORY))
+
     def pictures(self) -> list[int]:
         """The cells that show a picture in their output, by index."""
         return self.page.evaluate(CELLS_WITH, "image/png")
@@ -187,7 +196,9 @@ class NotebookPage:
 
     def drawn(self) -> dict[int, list[dict]]:
         """What the kernel knows of each explorer, by cell: how many pictures, seconds, bytes, complaints."""
-        return {int(cell): told for cell, told in json.loads(self.page.evaluate(ASK_KERNEL, TELL)).items()}
+        told = json.loads(self.page.evaluate(ASK_KERNEL, TELL))
+        index = {identity: place for place, identity in enumerate(self.page.evaluate(IDENTITIES))}
+        return {index[cell]: drawings for cell, drawings in told.items() if drawings}
 
     def cell(self, index: int, content: str = "img") -> ElementHandle:
         """The cell, scrolled until its output shows `content` (a CSS selector) and stays where it is.
@@ -306,16 +317,21 @@ print(_json.dumps({cell: [{
 } for shown in made if isinstance(shown, _explorer.Explorer)] for cell, (_, made) in _explorer.alive.items()}))
 """
 
+TELL_HISTORY = """
+import json as _json
+print(_json.dumps(get_ipython().history_manager.input_hist_raw[1:]))
+"""
+
 ASK_KERNEL = f"""async code => {{
-  const {{ content, sessionContext }} = {PANEL};
-  const future = sessionContext.session.kernel.requestExecute({{ code, store_history: false }});
+  const kernel = {PANEL}.sessionContext.session.kernel;
+  const future = kernel.requestExecute({{ code, store_history: false }});
   let text = "";
   future.onIOPub = message => {{ text += message.content.text || ""; }};
   await future.done;
-  const index = Object.fromEntries(content.widgets.map((cell, index) => [cell.model.sharedModel.id, index]));
-  return JSON.stringify(Object.fromEntries(
-    Object.entries(JSON.parse(text)).filter(([, told]) => told.length).map(([cell, told]) => [index[cell], told])));
+  return text;
 }}"""
+
+IDENTITIES = f"() => {PANEL}.content.widgets.map(cell => cell.model.sharedModel.id)"
 
 SEEN = """cell => {
   const image = cell.querySelector("figure img");

@@ -18,7 +18,7 @@ class SitePage(driver.NotebookPage):
     """One page, opened at an address below `root` (file:///…/ or http://127.0.0.1:…/…/)."""
 
     def open(self, root: str, name: str) -> None:
-        """Opens the page; returns when all its explorers are alive (at once where scripts are off)."""
+        """Opens the page; returns when all its explorers and predictions are alive (at once where scripts are off)."""
         self.page.route(lambda url: not url.startswith((root, "data:")), self._refuse)
         self.page.goto(f"{root}{name}.html")
         self.page.wait_for_function(ALIVE)
@@ -28,7 +28,7 @@ class SitePage(driver.NotebookPage):
         return self.page.query_selector_all(".explorer")
 
 
-ALIVE = "() => document.querySelectorAll('.explorer:not(.explorer-alive)').length === 0"
+ALIVE = "() => document.querySelectorAll('[data-model]:not(.alive)').length === 0"
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
