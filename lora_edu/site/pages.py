@@ -121,7 +121,7 @@ def prediction(root: str, models: Models) -> str:
     asked, buttons, *_ = (models[child]["state"] for child in children(models, root))
     options = "".join(f"<li>{html.escape(option)}</li>" for option in buttons["_options_labels"])
     return (
-        f'<div class="prediction {PREDICTION}" data-model="{root}"><div class="prediction-start">'
+        f'<div class="prediction" data-model="{root}"><div class="prediction-start">'
         f"<p>{asked['value']}</p><ul>{options}</ul></div>"
         f'<noscript><p class="explorer-note">{NO_REPLIES}</p></noscript></div>'
     )

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from playwright.sync_api import Browser, ElementHandle, TimeoutError, sync_playwright
@@ -219,19 +220,46 @@ class NotebookPage:
             **{name: tuple(x) if isinstance(x, list) else x for name, x in cell.evaluate(SEEN).items()}
         )
 
-    def walk(self, cell: ElementHandle) -> dict[tuple[str, ...], str]:
+    def replies(self, place: ElementHandle) -> list[str]:
+        """What a question says to the choice that was made; nothing before."""
+        return place.evaluate(REPLIES)
+
+    def wait_for_reply(self, place: ElementHandle, option: str) -> None:
+        self.page.wait_for_function(REPLIED, arg=[place, option])
+
+    def choose_each(self, place: ElementHandle) -> dict[str, str]:
+        """Clicks each option of a question that was not answered yet; option → the reply seen."""
+        assert not self.replies(place), "a reply is there before a choice"
+        found = {}
+        for button in place.query_selector_all("button"):
+            option = button.inner_text().strip()
+            button.click()
+            self.wait_for_reply(place, option)
+            [found[option]] = self.replies(place)
+        return found
+
+    def raw_mathematics(self) -> list[str]:
+        """Text around formulas that nobody typeset, and what MathJax says is wrong."""
+        return self.page.evaluate(RAW_MATHEMATICS)
+
+    def walk(
+        self, cell: ElementHandle, known: Mapping[tuple[str, ...], str] | None = None
+    ) -> dict[tuple[str, ...], str]:
         """Moves each slider by keyboard from end to end and back; returns values as read → picture as seen.
 
+        known: what an earlier walk has seen; then no time is spent on waiting for a change that never comes.
         Raises AssertionError where a value's text stays, where a caption is not the alt text, and where the
         way back shows other pictures than the way there. Leaves every slider where it was.
         """
+        known = dict(known or {})
         seen: dict[tuple[str, ...], str] = {}
         for slider in self.sliders(cell):
             place, last = (int(float(slider.get_attribute(f"aria-value{what}"))) for what in ("now", "max"))
-            self.press(cell, slider, "Home", moves=place > 0)
+            self.press(cell, slider, "Home", known, moves=place > 0)
             way = [self.view(cell)]
             for key in ["ArrowRight"] * last + ["ArrowLeft"] * last:
-                way.append(self.press(cell, slider, key))
+                known.setdefault(way[-1].values, way[-1].source)
+                way.append(self.press(cell, slider, key, known))
             for view in way:
                 assert view.alt and view.alt == view.caption, f"caption is not the alt text: {view}"
                 assert seen.setdefault(view.values, view.source) == view.source, (
@@ -240,17 +268,31 @@ class NotebookPage:
             assert len({view.values for view in way}) == last + 1, f"{last + 1} values, not all told apart"
             assert len({view.source for view in way}) > 1, "the slider changes no picture"
             for _ in range(place):
-                self.press(cell, slider, "ArrowRight")
+                self.press(cell, slider, "ArrowRight", known)
         return seen
 
-    def press(self, cell: ElementHandle, slider: ElementHandle, key: str, moves: bool = True) -> View:
-        """What is seen after a key: waits for another value and, two seconds at most, for another picture."""
+    def press(
+        self,
+        cell: ElementHandle,
+        slider: ElementHandle,
+        key: str,
+        known: Mapping[tuple[str, ...], str] = MappingProxyType({}),
+        moves: bool = True,
+    ) -> View:
+        """What is seen after a key: waits for another value and, two seconds at most, for another picture.
+
+        known: values as read → the picture that belongs to them; it is waited for ten seconds at most.
+        """
         before = cell.evaluate(SEEN)
         slider.press(key)
         if moves:
             self.page.wait_for_function(OTHER, arg=[cell, before, "values"])
+            picture = known.get(self.view(cell).values)
             with contextlib.suppress(TimeoutError):  # neighbours may share a picture
-                self.page.wait_for_function(OTHER, arg=[cell, before, "source"], timeout=2000)
+                if picture is None:
+                    self.page.wait_for_function(OTHER, arg=[cell, before, "source"], timeout=2000)
+                else:
+                    self.page.wait_for_function(SHOWS, arg=[cell, picture], timeout=10_000)
         return self.view(cell)
 
     def broken_links(self, cell: ElementHandle) -> int:
@@ -346,6 +388,26 @@ OTHER = f"""([cell, before, what]) => {{
   const now = ({SEEN})(cell);
   return now.source && String(now[what]) !== String(before[what]);
 }}"""
+
+SHOWS = f"([cell, picture]) => ({SEEN})(cell).source === picture"
+
+REPLIES = """place => [...place.querySelectorAll(".lora-edu-prediction-reply")]
+  .filter(reply => reply.getClientRects().length).map(reply => reply.innerText.trim())"""
+
+REPLIED = f"([place, option]) => ({REPLIES})(place).some(reply => reply.startsWith(option + ' · '))"
+
+# Code may have a dollar, and MathJax keeps the formula for screen readers beside what it has typeset.
+RAW_MATHEMATICS = r"""() => {
+  const root = document.querySelector("article, .jp-Notebook") ?? document.body;
+  const raw = [];
+  const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+  for (let text = walker.nextNode(); text; text = walker.nextNode()) {
+    const typeset = text.parentElement.closest("code, pre, script, style, mjx-container, .cm-editor, .jp-OutputArea");
+    if (!typeset && /\\[(\[]|\$|\\[a-zA-Z]{2,}/.test(text.data)) raw.push(text.data.trim().slice(0, 120));
+  }
+  const wrong = root.querySelectorAll("mjx-merror, [data-mjx-error]");
+  return [...raw, ...[...wrong].map(part => part.outerHTML.slice(0, 200))];
+}"""
 
 BROKEN_LINKS = """cell => [...cell.querySelectorAll(".jupyter-widgets-disconnected")]
   .filter(part => getComputedStyle(part, "::before").display !== "none").length"""

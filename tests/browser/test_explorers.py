@@ -117,7 +117,9 @@ def read_turn_and_reopen(opened: Callable[[str], NotebookPage], server: Server, 
     assert again.explorers() == explorers
     for index in explorers:
         cell = again.cell(index, SLIDER)
-        assert again.walk(cell) == walked[index], f"cell {index}, reopened, shows other pictures"
+        assert again.walk(cell, walked[index]) == walked[index], (
+            f"cell {index}, reopened, shows other pictures"
+        )
         assert not again.broken_links(cell), f"cell {index}, reopened, is marked as broken"
     return before, explorers
 

@@ -83,6 +83,9 @@ def test_from_the_disk_every_slider_is_alive(browser, disk, name):
         cell.scroll_into_view_if_needed()
         assert not page.cut_off(cell)
         page.walk(cell)  # other value, other picture, caption = alt text; the same on the way back
+    for question in page.predictions():
+        page.choose_each(question)
+    assert not page.raw_mathematics()
     alts = page.page.eval_on_selector_all("article img", "images => images.map(image => image.alt)")
     assert len(alts) == len(sentences(name)) and all(alts)
     page.close()

@@ -36,6 +36,8 @@
     },
     callbacks: () => ({}),
     resolve_url: async (url) => url,
+    // Words in widgets are plain text; without this, ipywidgets would call MathJax 2, which is not there.
+    _rendermime: { latexTypesetter: { typeset() {} } },
     inline_sanitize: (text) => text.replace(/[<>&]/g, (letter) => `&#${letter.charCodeAt(0)};`),
   };
 
