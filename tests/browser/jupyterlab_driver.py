@@ -220,6 +220,10 @@ class NotebookPage:
             **{name: tuple(x) if isinstance(x, list) else x for name, x in cell.evaluate(SEEN).items()}
         )
 
+    def predictions(self) -> list[int]:
+        """The cells whose output is a question with buttons, by index."""
+        return self.page.evaluate(PREDICTIONS)
+
     def replies(self, place: ElementHandle) -> list[str]:
         """What a question says to the choice that was made; nothing before."""
         return place.evaluate(REPLIES)
@@ -390,6 +394,11 @@ OTHER = f"""([cell, before, what]) => {{
 }}"""
 
 SHOWS = f"([cell, picture]) => ({SEEN})(cell).source === picture"
+
+PREDICTIONS = f"""() => {PANEL}.content.widgets
+  .map((cell, index) => [index, cell.model.sharedModel.source])
+  .filter(([index, source]) => source.split("\\n").some(line => line.startsWith("explore.predict(")))
+  .map(([index]) => index)"""
 
 REPLIES = """place => [...place.querySelectorAll(".lora-edu-prediction-reply")]
   .filter(reply => reply.getClientRects().length).map(reply => reply.innerText.trim())"""

@@ -23,6 +23,7 @@ SOLUTIONS = [  # most have no explorer, and then there is nothing to see here
 ]
 RUN_SECONDS = 1800
 SLIDER = ".noUi-handle"
+BUTTON = ".lora-edu-prediction button"
 MOST_BYTES = 800_000  # of one explorer: what a photograph may take, lines take less
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -46,6 +47,8 @@ def cloud(figure, seed, count):
 '''
 ONE = """Explorer(line, {"slope": [-1, 0, 1, 2]}, start={"slope": 1},
          labels={"slope": "a name that takes room"}, formats={"slope": "{} metres a metre to the right"})"""
+QUESTION = """from lora_edu import explore
+explore.predict("How?", {"not at all": "Look again.", "so <so>": "Because x ends at 1."})"""
 TWO = 'Explorer(cloud, {"seed": [0, 1, 2], "count": [5, 50]}, start={"seed": 1, "count": 50})'
 
 
@@ -109,6 +112,10 @@ def read_turn_and_reopen(opened: Callable[[str], NotebookPage], server: Server, 
             assert drawing["bytes"] <= MOST_BYTES, f"cell {index}, all pictures: {drawing['bytes']} bytes"
         assert not notebook.cut_off(cell), f"cell {index}, cut off in a window 1000 pixels wide"
         walked[index] = notebook.walk(cell)
+    questions = notebook.predictions()
+    for index in questions:
+        answered = notebook.choose_each(notebook.cell(index, BUTTON))
+        assert len(answered) > 1, f"cell {index}: {answered}"
     notebook.save()
     notebook.close()
     server.stop_kernels()
@@ -121,6 +128,7 @@ def read_turn_and_reopen(opened: Callable[[str], NotebookPage], server: Server, 
             f"cell {index}, reopened, shows other pictures"
         )
         assert not again.broken_links(cell), f"cell {index}, reopened, is marked as broken"
+    assert again.predictions() == questions
     return before, explorers
 
 
@@ -154,6 +162,48 @@ def test_awkward_words_and_two_sliders(opened, server):
     write_scratch(server, "scratch.ipynb", ONE, TWO)
     _, explorers = read_turn_and_reopen(opened, server, "scratch.ipynb")
     assert explorers == [2, 3]
+
+
+def test_a_question_answers_mouse_and_keyboard_with_and_without_a_kernel(opened, server):
+    write_scratch(server, "question.ipynb", QUESTION)
+    path = server.folder / "question.ipynb"
+    written = nbformat.read(path, as_version=4)
+    written.cells[2].metadata.jupyter = {"source_hidden": True}  # as the builder has it
+    nbformat.write(written, path)
+    notebook = opened("question.ipynb")
+    assert notebook.predictions() == [2]
+    run_and_save(notebook, server, "question.ipynb")
+    place = notebook.cell(2, BUTTON)
+    assert not notebook.replies(place) and "Because" not in place.inner_text(), "nor is its code to be seen"
+    place.query_selector("button").focus()
+    notebook.page.keyboard.press("Tab")
+    notebook.page.keyboard.press("Enter")
+    notebook.wait_for_reply(place, "so <so>")
+    assert notebook.replies(place) == ["so <so> · Because x ends at 1."]
+    notebook.save()
+    notebook.close()
+    server.stop_kernels()
+
+    again = opened("question.ipynb")
+    place = again.cell(2, BUTTON)
+    again.wait_for_reply(place, "so <so>")  # the reader's own choice was kept
+    for option, button in zip(["not at all", "so <so>"], place.query_selector_all("button"), strict=True):
+        button.click()
+        again.wait_for_reply(place, option)
+    assert not again.broken_links(place)
+
+
+def test_formulas_are_typeset(opened, server):
+    text = "# A formula\n\nOf rank $r = 8$, with code `$HOME`:\n\n$$ \\Delta W = s \\, B A $$\n\n"
+    text += "| what | how |\n| --- | --- |\n| norm | $\\lVert \\Delta W \\rVert_F$ |\n"
+    notebook = new_notebook(cells=[new_markdown_cell(text)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, server.folder / "formula.ipynb")
+    page = opened("formula.ipynb")
+    page.page.wait_for_function("() => document.querySelectorAll('.jp-Notebook mjx-container').length === 3")
+    for formula in page.page.query_selector_all(".jp-Notebook mjx-container"):
+        assert formula.bounding_box()["width"] > 10 and formula.query_selector("mjx-c, mjx-utext, svg")
+    assert not page.raw_mathematics()
 
 
 def test_what_runs_takes_the_place_of_what_was_stored(opened, server):
