@@ -12,7 +12,7 @@ from pathlib import Path
 COMMANDS = {
     "lab": ("lora_edu.lab", "open the chapters in JupyterLab, as copies of your own"),
     "doctor": ("lora_edu.doctor", "say what this machine has and which chapters can run on it"),
-    "data": ("lora_edu.data.make", "make the shipped checkpoints anew (an hour on two cores)"),
+    "data": ("lora_edu.recording.make", "make the shipped checkpoints anew (an hour on two cores)"),
     "delta": ("lora_edu.delta", "the spectrum of the difference between two checkpoints"),
     "count": ("lora_edu.counting", "parameters, bytes and FLOPs of LoRA on a model's real shapes"),
 }

@@ -20,7 +20,7 @@ FLOORS = {
     1: ["paths", "lowrank", "counting", "data"],
     2: ["tinylm", "lora"],
     3: ["training", "plots", "tuning"],
-    4: ["explore", "exercises", "data.make", "data.sweeps", "data.analysis"],
+    4: ["explore", "exercises", "recording"],
     5: ["cli", "lab", "doctor", "notebooks", "delta", "site"],
 }
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
@@ -29,7 +29,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
-    """lora_edu/data/make.py → data.make, lora_edu/data/__init__.py → data."""
+    """lora_edu/recording/make.py → recording.make, lora_edu/data/__init__.py → data."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip(".")
 
 
@@ -90,7 +90,7 @@ def test_what_no_module_may_import(path):
 
 
 def test_an_import_against_the_arrows_is_found():
-    assert floor_of("data.make") == 4 and floor_of("data.corpus") == 1
+    assert floor_of("recording.make") == 4 and floor_of("data.corpus") == 1
     with pytest.raises(AssertionError, match="stands on no floor"):
         floor_of("attic")
 
