@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from lora_edu.counting.adapters import count
 from lora_edu.counting.architectures import ARCHITECTURES, Architecture
-from lora_edu.counting.formulas import BYTES, OPTIMISERS, dtype_name, megabytes, optimiser_name
+from lora_edu.counting.formulas import BYTES, OPTIMISERS, dtype_name, megabytes, optimiser_name, whole_number
 from lora_edu.counting.models import architecture
 from lora_edu.counting.published import published_table
 from lora_edu.counting.training_step import Memory, training_flops, training_memory
@@ -26,7 +26,8 @@ def report(
     """What `lora-edu count` prints: the adapter's parameters and file, a training step's memory and FLOPs."""
     model, dtype, optimiser = architecture(model), dtype_name(dtype), optimiser_name(optimiser)
     counted = count(model, targets, rank)
-    sequence = min(model.context, 512) if sequence is None else sequence
+    batch = whole_number("batch", batch)
+    sequence = min(model.context, 512) if sequence is None else whole_number("sequence", sequence)
     packed = BYTES[dtype] < 2
     own = "float32" if packed else dtype
     lines = [
@@ -63,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(map(repr, ARCHITECTURES.values())))
         else:
             print(_answer(options))
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise  # no fault of the question: the reader of a pipe has seen enough
+    except ValueError as error:
         print(f"lora-edu count: {error}", file=sys.stderr)
         return BAD_INPUT
     return 0

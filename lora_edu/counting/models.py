@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from lora_edu.counting.architectures import (
     ARCHITECTURES,
@@ -21,6 +20,7 @@ from lora_edu.counting.architectures import (
     llama,
 )
 from lora_edu.counting.formulas import known, near
+from lora_edu.paths import expanded
 
 CONFIG = "config.json"
 LARGEST = 10_000_000  # bytes of a config.json that is still read; real ones have a few thousand
@@ -47,7 +47,7 @@ def architecture(model: str | os.PathLike | Architecture) -> Architecture:
     text = os.fspath(model)
     if found := _by_name(text):
         return found
-    path = Path(os.path.expanduser(text))
+    path = expanded(text)
     if path.exists():
         return read_config(path)
     if text.endswith(".json") or text.startswith(("~", ".", os.sep)):
@@ -77,7 +77,7 @@ def read_config(path: str | os.PathLike) -> Architecture:
 
     Raises ValueError, in one line, where there is none, it is no JSON, or `from_config` can't count it.
     """
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path} holds no {CONFIG}: give the folder of a model as transformers saves it")
