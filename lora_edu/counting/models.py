@@ -19,8 +19,9 @@ from lora_edu.counting.architectures import (
     gpt2,
     llama,
 )
-from lora_edu.counting.formulas import known, near
+from lora_edu.counting.formulas import known
 from lora_edu.paths import expanded
+from lora_edu.text import did_you_mean
 
 CONFIG = "config.json"
 LARGEST = 10_000_000  # bytes of a config.json that is still read; real ones have a few thousand
@@ -109,7 +110,7 @@ def from_config(config: Config, name: str) -> Architecture:
                 f"{name}: the config must have a model_type; got {kind!r}. Worked out are: {there}"
             )
         raise ValueError(
-            f"{name}: models of type {kind!r} are not worked out{near(kind, KINDS)} Those are: {there}"
+            f"{name}: models of type {kind!r} are not worked out{did_you_mean(str(kind), KINDS)} Those are: {there}"
         )
     return KINDS[kind](config, name)
 

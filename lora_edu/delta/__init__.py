@@ -12,10 +12,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora_edu.delta.compare import Comparison, compare
-from lora_edu.delta.files import CheckpointError, open_checkpoint, printable
+from lora_edu.delta.files import CheckpointError, open_checkpoint
 from lora_edu.delta.measure import Figures
 from lora_edu.lora.peft_format import AdapterError
 from lora_edu.paths import expanded, write_atomically
+from lora_edu.text import printable
 
 __all__ = ["CheckpointError", "Comparison", "Figures", "compare", "main", "open_checkpoint"]
 

@@ -13,11 +13,11 @@ from lora_edu.delta.files import (
     Stored,
     is_adapter,
     open_checkpoint,
-    printable,
 )
 from lora_edu.delta.measure import Figures, measure, measure_adapter
 from lora_edu.lora.peft_format import read_adapter
 from lora_edu.paths import expanded
+from lora_edu.text import printable
 
 LEAST_ROOM = 2**24  # bytes: a checkpoint of small matrices need not do with less
 

@@ -3,13 +3,14 @@
 Not for one layer (layers.py) and not for files (peft_format.py).
 """
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
+
+from lora_edu.text import nearest
 
 from .layers import LoRAEmbedding, LoRALinear, MergeReport, is_conv1d, refuse_layer
 
@@ -303,12 +304,9 @@ def _near(model: nn.Module, target: Target) -> str:
     text = re.sub(r"[^\w.]+", "", text).strip(".")
     names = list(_suitable(model))
     ends = dict.fromkeys([name.rpartition(".")[2] for name in names] + names)
-    lowered = {each.lower(): each for each in ends}
-    close = difflib.get_close_matches(text.lower(), lowered, n=3, cutoff=0.5) + difflib.get_close_matches(
-        text.rpartition(".")[2].lower(), lowered, n=3, cutoff=0.6
-    )
+    close = dict.fromkeys(nearest(text, ends) + nearest(text.rpartition(".")[2], ends, cutoff=0.6))
     if close:
-        return f"did you mean {_listing(dict.fromkeys(lowered[each] for each in close), ' or ')}?"
+        return f"did you mean {_listing(close, ' or ')}?"
     return f"this model has {_offers(model)}"
 
 

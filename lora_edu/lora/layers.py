@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_edu.text import check_rank
+
 from .functional import INTERPRETED, clip_norm, delta, lora_embedding, lora_linear, merged_weight
 
 
@@ -47,7 +49,7 @@ class LoRALinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        check_rank(rank, (out_features, in_features))
+        rank = check_rank(rank, (out_features, in_features))
         check_alpha(alpha)
         check_dropout(dropout)
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -73,7 +75,7 @@ class LoRALinear(nn.Linear):
         """
         refuse_layer(layer, (nn.Linear,))
         rows, columns = layer.weight.shape
-        check_rank(rank, (rows, columns), any_rank)
+        rank = check_rank(rank, (rows, columns), bounded=not any_rank)
         transposed = is_conv1d(layer)
         sides = (rows, columns) if transposed else (columns, rows)
         lora = cls(*sides, 1, alpha, dropout, layer.bias is not None, rank_stabilised, device="meta")
@@ -174,7 +176,7 @@ class LoRAEmbedding(nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        check_rank(rank, (num_embeddings, embedding_dim))
+        rank = check_rank(rank, (num_embeddings, embedding_dim))
         check_alpha(alpha)
         _check_options(max_norm, scale_grad_by_freq, sparse)
         super().__init__(
@@ -209,7 +211,7 @@ class LoRAEmbedding(nn.Embedding):
         Raises TypeError for a layer that LoRAEmbedding can't stand in for, ValueError for bad options.
         """
         refuse_layer(layer, (nn.Embedding,))
-        check_rank(rank, layer.weight.shape, any_rank)
+        rank = check_rank(rank, layer.weight.shape, bounded=not any_rank)
         lora = cls(
             layer.num_embeddings,
             layer.embedding_dim,
@@ -387,19 +389,6 @@ def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embe
     if any(getattr(layer, name, None) for name in hooks):
         raise TypeError(
             f"{kind} has hooks, which would be lost; remove them, add LoRA, then register them again"
-        )
-
-
-def check_rank(rank: int, shape: tuple[int, ...], any_rank: bool = False) -> None:
-    rows, columns = shape
-    smaller = min(rows, columns)
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise ValueError(f"rank must be a whole number; got {rank!r}")
-    if rank < 1 or (rank > smaller and not any_rank):
-        why = "; a higher one only adds parameters, BA can't have it" if rank > smaller else ""
-        raise ValueError(
-            f"rank must be between 1 and {smaller} (the smaller side of the {rows} × {columns} weight); "
-            f"got {rank}{why}"
         )
 
 
