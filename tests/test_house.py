@@ -18,7 +18,7 @@ from lora_edu.paths import REPOSITORY
 
 FLOORS = {
     1: ["paths", "text", "lowrank", "counting", "data"],
-    2: ["tinylm", "lora"],
+    2: ["tinylm", "lora", "loss"],
     3: ["training", "plots", "tuning"],
     4: ["explore", "exercises", "data.make", "data.sweeps", "data.analysis"],
     5: ["cli", "lab", "doctor", "notebooks", "delta", "site"],

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from lora_edu.text import printable
 
+from .checks import check_alpha, check_dropout, is_conv1d
 from .functional import delta
 from .inject import lora_layers, replace_layers, unwrap
-from .layers import LoRAEmbedding, LoRALinear, check_alpha, check_dropout, is_conv1d
+from .layers import LoRAEmbedding, LoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_edu.lora import LoRAEmbedding, LoRALinear, lora_embedding, lora_linear, pair_optimizers
-from lora_edu.lora.layers import refuse_layer
+from lora_edu.lora.checks import refuse_layer
 
 HALF = (torch.float16, torch.bfloat16)
 
