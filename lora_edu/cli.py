@@ -4,6 +4,7 @@ Each is a module with `main(arguments) -> exit status`, imported only when asked
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -19,8 +20,25 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one sub-command; returns its exit status. An error that names its way out becomes one line."""
+    """Run one sub-command; returns its exit status. An error that names its way out becomes one line.
+
+    A reader of our output that stops reading (`| head`) has seen enough: that is no error.
+    """
     make_printable()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, since at the interpreter's end nobody could catch what it raises
+    except OSError as error:
+        if not _closed_pipe(error):
+            raise
+        _write_no_more()
+        return 0
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="lora-edu", description="LoRA, measured: the course's commands.")
     choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, what) in COMMANDS.items():
@@ -29,11 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen, rest = parser.parse_known_args(arguments)
     try:
         return import_module(COMMANDS[chosen.command][0]).main(rest) or 0
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
+        if _closed_pipe(error):
+            raise
         print(f"lora-edu {chosen.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _closed_pipe(error: Exception) -> bool:
+    """Whether nobody reads what we print any more; Windows says so by another number (EINVAL), without a file."""
+    if isinstance(error, BrokenPipeError):
+        return True
+    return os.name == "nt" and isinstance(error, OSError) and error.errno == 22 and error.filename is None
+
+
+def _write_no_more() -> None:
+    """What is still in the buffers goes nowhere, quietly."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            os.dup2(nowhere, stream.fileno())
 
 
 def is_there(module: str) -> bool:

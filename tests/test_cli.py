@@ -47,3 +47,48 @@ def test_an_error_is_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("lora-edu lab: the chapters are not beside the package")
     assert "make lab" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell with pipes")
+@pytest.mark.parametrize("reader", ["true", "head -c 10"])
+@pytest.mark.parametrize("command", ["--help", "count", "count llama-3-8b", "count --published", "doctor"])
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(command, reader):
+    """`true` reads nothing and closes the pipe, mostly before our first line."""
+    line = f'"{sys.executable}" -m lora_edu.cli {command} | {reader}'
+    done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
+    assert done.stderr == b""
+    assert len(done.stdout) == (0 if reader == "true" else 10)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell with pipes")
+def test_a_pipe_that_is_closed_before_the_first_line_ends_a_command_quietly():
+    """The writing end of a pipe whose reader is gone: there is no race in it."""
+    for command in ("count", "doctor", "--help"):
+        ours, theirs = os.pipe()
+        os.close(ours)
+        run = [sys.executable, "-m", "lora_edu.cli", command]
+        done = subprocess.run(run, stdout=theirs, stderr=subprocess.PIPE, timeout=120)
+        os.close(theirs)
+        assert done.stderr == b"" and done.returncode == 0, command
+
+
+def test_the_reader_s_folder_may_be_named_with_a_tilde(tmp_path):
+    """As in a hub's configuration file, where no shell puts the home folder in its place."""
+    home = tmp_path / "home"
+    work = tmp_path / "work"
+    work.mkdir()
+    variables = {"HOME": str(home), "USERPROFILE": str(home), "LORA_EDU_HOME": "~/mine"}
+    command = [sys.executable, "-m", "lora_edu.cli", "lab", "--copy-only"]
+    done = subprocess.run(
+        command, cwd=work, env={**os.environ, **variables}, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (home / "mine" / "notebooks" / "index.ipynb").is_file() and not list(work.iterdir())
+    assert str(home / "mine").encode() in done.stdout
+
+
+def test_a_folder_that_can_t_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = lora_edu("lab", "--copy-only", LORA_EDU_HOME=str(tmp_path / "file"))
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"lora-edu lab: ") and done.stderr.count(b"\n") == 1
