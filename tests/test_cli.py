@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lora_edu import cli
+from lora_edu import cli, paths
 
 
 def lora_edu(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -37,16 +37,33 @@ def test_the_doctor_can_speak_on_any_console(encoding, tmp_path):
     assert b"Python" in done.stdout and b"Chapters" in done.stdout
 
 
-def test_an_error_is_one_line(tmp_path):
-    """Installed without the repository, the package can't find the chapters and says how to get them."""
+WITHOUT = [
+    "cli.main(['lab'])",
+    "cli.main(['data'])",
+    "__import__('lora_edu.notebooks').notebooks.main(['build'])",
+    "__import__('lora_edu.site.book').site.book.main([])",
+]
+
+
+@pytest.mark.parametrize("call", WITHOUT)
+def test_what_needs_the_repository_says_so_in_one_line_where_it_is_not(call, tmp_path):
+    """As in a wheel: the package lies in a folder of packages, and neither chapters nor data beside it."""
     program = (
-        "import sys; from pathlib import Path; from lora_edu import cli, lab\n"
-        f"lab.REPOSITORY = Path({str(tmp_path)!r})\nsys.exit(cli.main(['lab']))"
+        "import sys; from pathlib import Path; from lora_edu import cli, paths\n"
+        f"paths.REPOSITORY = Path({str(tmp_path)!r})\nsys.exit({call})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 1
-    assert done.stderr.startswith("lora-edu lab: the chapters are not beside the package")
-    assert "make lab" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert (
+        "the chapters and their data are not beside the package" in done.stderr and "make lab" in done.stderr
+    )
+
+
+def test_outside_the_repository_the_doctor_still_knows_the_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "REPOSITORY", tmp_path)
+    assert cli.main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "Python" in printed and "not beside the package" in printed.splitlines()[-1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell with pipes")

@@ -15,6 +15,9 @@ from lora_edu.delta.files import BLOCK, FORMATS, Stored, blocks
 from lora_edu.lora.peft_format import Factors
 
 ALLOWANCE = 1.05  # the largest singular value of a draw of noise lies within 5 % of the edge
+BY_CHANCE = (
+    5  # standard deviations: of 4500 pairs that differed by rounding alone one was 4.08 above its mean
+)
 ALONE = 4 / 3  # one rounding can be that much more than its average: what is rounded away is then ΔW itself
 CHANGE = 0.1  # a figure is marked where rounding may have changed it by more than this share
 ENTROPY_ERROR = 0.01  # what a sketch may leave uncertain of the effective rank
@@ -101,7 +104,7 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     noise = _noise(scan, before_is_exact)
     floor, edge = noise.floor, ALLOWANCE * _largest_singular_value(noise, before, after, dtypes)
     known = known._replace(floor=floor, edge=edge, roundings=noise.roundings)
-    by_chance = max((ALLOWANCE * floor) ** 2, floor**2 + 4 * noise.spread)
+    by_chance = max((ALLOWANCE * floor) ** 2, floor**2 + BY_CHANCE * noise.spread)
     marked = ("relative_norm",) if by_chance > (1 - (1 - CHANGE) ** 2) * scan.delta**2 else ()
     if scan.delta**2 <= by_chance:
         known = known._replace(status="floor")
@@ -240,7 +243,7 @@ def _noise(scan: _Scan, before_is_exact: bool) -> _Noise:
     """
     (old_rows, old_columns), (new_rows, new_columns) = scan.steps
     alone, other = (math.sqrt(float(rows.sum()) / 12) for rows in (old_rows, new_rows))
-    least = min(0.8 * alone**2, alone**2 - 5 * math.sqrt(scan.fourths[0] / 180))
+    least = min(0.8 * alone**2, alone**2 - BY_CHANCE * math.sqrt(scan.fourths[0] / 180))
     if before_is_exact or (other < alone / 8 and scan.delta**2 < least):
         rows, columns, fourths, scale, whose = new_rows, new_columns, scan.fourths[1], ALONE**2, "after"
         error = scan.largest_steps[1] / 2

@@ -77,8 +77,11 @@ def test_every_figure_is_that_of_a_dense_float64_svd(tmp_path, shape, formats, r
     update = random_matrix(*shape, seed + 1, rank and min(rank, *shape))
     before, after = (size * weight).to(formats[0]), (size * (weight + update)).to(formats[1])
     found = figures(tmp_path, before, after, room=room)
-    check_against_dense(found, after.double() - before.double(), before)
     assert found.shape == shape
+    if before.double().equal(after.double()):  # the change was too small for the format
+        assert found.status == "equal"
+        return
+    check_against_dense(found, after.double() - before.double(), before)
 
 
 @pytest.mark.parametrize("shape", [(400, 400), (900, 300), (300, 900), (3000, 100)])
@@ -203,6 +206,9 @@ WEIGHTS = {
 @example(  # a few large rows make most of the norm, by chance less than they do on average
     weight="rows of many sizes", shape=(300, 60), formats=(torch.bfloat16, torch.float32), seed=500
 )
+@example(  # by chance 10 % more than on average
+    weight="rows of many sizes", shape=(60, 300), formats=(torch.float32, torch.bfloat16), seed=1221
+)
 @example(  # one large entry changed by a whole step, five times what it does on average
     weight="heavy tails", shape=(120, 120), formats=(torch.bfloat16, torch.bfloat16), seed=1433
 )
@@ -287,7 +293,7 @@ def test_the_floor_is_the_noise_that_rounding_makes_and_the_edge_its_largest_sin
 ):
     """Norm within 5 %, or 30 % where few entries make most of it; the edge above the truth, and below 2.3 times it.
 
-    Where few entries make most of it, they are seldom as far off as they can be: below 4 times it.
+    Where few entries make most of it, they are seldom as far off as they can be: a whole step, with two roundings.
     """
     W = WEIGHTS[weight](250, 150, seed)
     update = 3 * lowrank.rounding_step(W.float(), dtype).double() * random_matrix(250, 150, seed + 1)
@@ -296,7 +302,8 @@ def test_the_floor_is_the_noise_that_rounding_makes_and_the_edge_its_largest_sin
     found = figures(tmp_path, before, after)
     top = float(torch.linalg.svdvals(noise)[0])
     assert found.floor == pytest.approx(float(noise.norm()), rel=0.05 if weight == "alike" else 0.3)
-    assert top < found.edge < (4 if weight == "heavy tails" else 2.3) * top
+    possible = float(lowrank.rounding_step(W.float(), dtype).max()) if weight == "heavy tails" else 0.0
+    assert top < found.edge < 2.3 * max(top, possible)
 
 
 @pytest.mark.parametrize("relative", [0.01, 0.003, 0.001])
