@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_edu import plots
 from lora_edu.counting import spaced
+from lora_edu.counting.traffic import CARDS, look_up_bytes, look_up_operations, short, traffic
 from lora_edu.explore.explorer import Explorer
 
 
@@ -68,24 +69,6 @@ def first_move(gradient: Tensor, rank: int, zero: str, seed: int = 0) -> float:
     return float(move.square().mean().sqrt())
 
 
-def traffic(vocabulary: int, tokens: int, width: int = 64, rank: int = 8) -> dict[str, int]:
-    """Bytes that one step (forward, backward, SGD) reads and writes, in float32 with int64 ids, by way.
-
-    Each operation reads its inputs from memory and writes its results there; a place in the batch counts even
-    if its token occurs before. 'minimum' reads each thing needed once a pass and keeps the rest in registers.
-    """
-    out, rows, ids = 4 * tokens * width, 4 * tokens * rank, 8 * tokens
-    lora_B, lora_A = 4 * width * rank, 4 * vocabulary * rank
-    peer = 12 * out + 8 * rows + 3 * ids + 6 * lora_B + 6 * lora_A
-    return {
-        "loralib": peer,
-        "PEFT": peer,
-        "ours": 8 * out + 12 * rows + 3 * ids + 6 * lora_B + 4 * lora_A,
-        "ours, sparse": 8 * out + 14 * rows + 5 * ids + 6 * lora_B,
-        "minimum": 3 * out + 6 * rows + 2 * ids + 6 * lora_B,
-    }
-
-
 def bytes_moved() -> Explorer:
     """What a step moves by each implementation and at the least, for a vocabulary and a number of tokens."""
     colours = [plots.VERMILION, plots.ORANGE, plots.SKY, plots.BLUE, plots.GREY]
@@ -117,33 +100,6 @@ def bytes_moved() -> Explorer:
     )
 
 
-# Published by NVIDIA: bytes a second from and to memory, dense bfloat16 operations a second in the tensor cores
-CARDS = {
-    "RTX 4090": (1.008e12, 165e12),
-    "A100 80 GB": (2.039e12, 312e12),
-    "H100 SXM": (3.35e12, 989e12),
-    "H200 SXM": (4.8e12, 989e12),
-}
-
-
-def look_up_bytes(tokens: int, width: int, rank: int, each: int = 2) -> dict[str, int]:
-    """Bytes that a forward pass reads and writes by way, `each` bytes a number (2: bfloat16), 8 an id.
-
-    Each operation reads its inputs from memory and writes its results there; 'one pass' keeps them in registers.
-    """
-    out, rows, ids, lora_B = each * tokens * width, each * tokens * rank, 8 * tokens, each * width * rank
-    return {
-        "loralib, PEFT": 8 * out + 3 * rows + 2 * ids + lora_B,
-        "PyTorch, ours": 6 * out + 5 * rows + 2 * ids + lora_B,
-        "one pass": 2 * out + rows + ids + lora_B,
-    }
-
-
-def look_up_operations(tokens: int, width: int, rank: int) -> int:
-    """Multiplications and additions of out = W[t] + s · A[t] Bᵀ: the product's, and two for s and the sum."""
-    return 2 * tokens * width * (rank + 1)
-
-
 def roofline(tokens: int = 65_536, width: int = 4096) -> Explorer:
     """What a card allows a forward pass at most, from published figures, by rank; nothing in it is measured."""
     colours = plots.PALETTE[:3]
@@ -172,11 +128,3 @@ def roofline(tokens: int = 65_536, width: int = 4096) -> Explorer:
     return Explorer(
         draw, {"card": list(CARDS), "r": [4, 8, 16, 64, 256]}, start={"card": "H100 SXM", "r": 16}
     )
-
-
-def short(number: float) -> str:
-    """Bytes to three digits: 4.21 MB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e3:.3g} kB"

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 
-# Sizes that a table keeps (d, r, the rows' strides) are compiled in. The compiler then knows how far apart rows lie, and
-# so how wide a load may be: 16 bytes a thread wherever d and r allow it, which at r = 8 or d = 100 it could not see from
-# an argument. What changes from batch to batch it must not look at, or a new length would compile anew.
+# Sizes that a table keeps (d, r, the rows' strides) are compiled in. The compiler then knows how far apart rows lie,
+# and so how wide a load may be: 16 bytes a thread wherever d and r allow it, which at r = 8 or d = 100 it could not
+# see from an argument. What changes from batch to batch it must not look at, or a new length would compile anew.
 @triton.jit(do_not_specialize=["length", "vocabulary", "padding"])
 def forward_kernel(
     tokens,  # (T,)

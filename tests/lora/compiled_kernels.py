@@ -77,7 +77,9 @@ def compile_kernel(
 ):
     """The kernel as look_up ("forward") or gradients ("backward", "deterministic") would launch it."""
     tokens = torch.zeros(16, dtype=torch.int64)
-    W, A, B, G = (torch.empty(shape, dtype=dtype) for shape in ((16, width), (16, rank), (width, rank), (16, width)))
+    W, A, B, G = (
+        torch.empty(shape, dtype=dtype) for shape in ((16, width), (16, rank), (width, rank), (16, width))
+    )
     with compiling(capability) as compiled:
         if name == "forward":
             kernels.look_up(tokens, W, A, B, 1.0, blocks=blocks)
@@ -101,9 +103,13 @@ def load_bytes(compiled) -> dict[int, int]:
     """How many loads from memory move so many bytes a thread, straight to registers or past them (cp.async)."""
     ptx = compiled.asm["ptx"]
     found = [
-        int(lanes or 1) * int(bits) // 8 for lanes, bits in re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+        int(lanes or 1) * int(bits) // 8
+        for lanes, bits in re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
     ]
-    found += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+|\d+)", ptx)]
+    found += [
+        int(size, 0)
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+|\d+)", ptx)
+    ]
     return {size: found.count(size) for size in sorted(set(found))}
 
 
