@@ -14,7 +14,6 @@ lora_edu/lora/triton_kernels.py, the figures and their plot into benchmarks/resu
 
 import argparse
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from lora_edu.paths import REPOSITORY, write_atomically, write_json
 
-if multiprocessing.parent_process() is not None:
+if __name__ == "__mp_main__":
     os.environ.pop("TRITON_INTERPRET", None)  # this is a compiler's process: see Compiler in gpu_parts.py
 elif "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported

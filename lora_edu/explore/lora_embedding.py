@@ -1,7 +1,9 @@
-"""Explorers of chapter 06: how far a first step moves an embedding, and what bytes a step moves.
+"""Explorers of chapter 06: how far a first step moves an embedding, what bytes a step moves, what a card has shown.
 
-Not for measuring: bytes here are counted on paper, and the chapter checks them against live layers.
+Not for measuring: bytes are counted on paper (counting/traffic.py), a card's figures are read from a record.
 """
+
+from collections.abc import Mapping
 
 import torch
 from matplotlib.figure import Figure
@@ -128,3 +130,45 @@ def roofline(tokens: int = 65_536, width: int = 4096) -> Explorer:
     return Explorer(
         draw, {"card": list(CARDS), "r": [4, 8, 16, 64, 256]}, start={"card": "H100 SXM", "r": 16}
     )
+
+
+NOT_MEASURED = """\
+No GPU figure has been measured yet. On a machine with a CUDA device, in the course's folder, these measure:
+python tools/on_a_gpu.py --out DIR
+python tools/on_a_gpu.py --apply DIR"""
+
+
+def measured_on_a_gpu(record: Mapping | None) -> str | plots.Shown:
+    """Forward passes as measured: below the roof that the card's own copy sets, and in milliseconds, by way.
+
+    record: benchmarks/results/gpu_embedding.json, whose first row's shape is drawn; None where there is none, which
+    is then said.
+    """
+    if record is None:
+        return NOT_MEASURED
+    first = record["rows"][0]
+    shape = {key: first[key] for key in ("vocabulary", "width", "tokens", "rank")}
+    rows = {
+        row["way"]: row
+        for row in record["rows"]
+        if row["measure"] == "forward" and row.items() >= shape.items()
+    }
+    operations = look_up_operations(shape["tokens"], shape["width"], shape["rank"])
+    least, speed = first["least_bytes"], record["copy_bytes_per_s"]
+    peak = next((card[1] for name, card in CARDS.items() if name.split()[0] in record["device"]), 1e15)
+    figure, (roof, times) = plots.subplots(1, 2, width_ratios=(1, 1.1))
+    points = {way: (operations / least, operations / row["median_s"]) for way, row in rows.items()}
+    plots.roofline(roof, speed, peak, points)
+    roof.set_title("measured, below the roof of a copy")
+    milliseconds = [1e3 * row["median_s"] for row in rows.values()]
+    colours = [plots.PALETTE[place % len(plots.PALETTE)] for place in range(len(rows))]
+    plots.bars(times, list(rows), milliseconds, colours, [f"{each:.3g}" for each in milliseconds])
+    times.set(xlabel="milliseconds", xlim=(0, 1.3 * max(milliseconds)))
+    times.set_title("a forward pass")
+    shares = ", ".join(f"{way} {least / row['median_s'] / speed:.0%}" for way, row in rows.items())
+    sentence = (
+        f"Recorded on {record['device']}, {record['date']}, by {record['command']}: a forward pass of "
+        f"{spaced(shape['tokens'])} tokens at d = {shape['width']}, r = {shape['rank']} in bfloat16, as a share of the "
+        f"speed of a copy of the bytes it must move: {shares}."
+    )
+    return plots.show(figure, sentence)
