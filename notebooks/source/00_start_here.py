@@ -186,7 +186,7 @@ assert not torch.allclose(x @ W.T, by_hand, atol=0.1)  # and the second way is n
 # %% [markdown]
 # ## 3 · Nothing is left at inference
 #
-# $W x + s \cdot B A x = (W + s \cdot B A)\, x$. So the update can be added into $W$, once, and then $A$ and $B$ are no
+# $W x + s \cdot B A x = (W + s \cdot B A) x$. So the update can be added into $W$, once, and then $A$ and $B$ are no
 # longer needed.
 
 # %%
