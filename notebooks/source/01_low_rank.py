@@ -621,22 +621,18 @@ print("overlap with u, mean of four         ", "  ".join(f"{x:4.2f}" for x in ov
 fine = torch.linspace(0, 80, 321)
 theta = (fine / n**0.5).clamp(min=1)  # below 1 the noise answers as if nothing were there
 figure, (left, right) = plots.subplots(1, 2)
+labels = {"xlabel": "strength t", "title": "Dots: four draws. Line: theory"}
 plots.curves(
-    left,
-    {"theory": (fine, (theta + 1 / theta) * n**0.5)},
-    xlabel="strength t",
-    ylabel="largest singular value",
+    left, {"theory": (fine, (theta + 1 / theta) * n**0.5)}, ylabel="largest singular value", **labels
 )
-plots.curves(
-    right, {"theory": (fine, 1 - 1 / theta**2)}, xlabel="strength t", ylabel="overlap with u", ylim=(0, 1.03)
-)
+labels |= {"title": "How true its direction is", "ylim": (0, 1.03)}
+plots.curves(right, {"theory": (fine, 1 - 1 / theta**2)}, ylabel="overlap with u", **labels)
 for axes, measured in ((left, largest), (right, overlaps)):
     axes.plot(strengths, measured.T, "o", color=plots.VERMILION, markersize=3)
 plots.mark_level(left, 2 * n**0.5, "the noise alone", x=0.99)
-left.set_title("Dots: four draws. Line: theory")
 plots.show(
     figure,
-    "Up to a strength of 20 nothing shows; from there the largest singular value and the overlap rise.",
+    "Below a strength of 20 nothing shows; above, the largest singular value and the overlap rise.",
 )
 
 # %%
