@@ -218,7 +218,7 @@ print(f"base {base_bytes / 1e6:.2f} MB, adapter {sizes[8] / 1e6:.2f} MB: {sizes[
 assert 10 < base_bytes / sizes[8] < 12
 
 # %% [markdown]
-# ## 4 · How large must $r$ be?
+# ## 4 · How large must r be?
 #
 # Back to the slider's dots. All five adapters were trained on the same text for the same 200 steps of 8 × 256 tokens, with
 # one seed, each with a learning rate that suits its rank. Full tuning had the same text, steps and seed, and its own

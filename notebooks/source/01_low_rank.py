@@ -140,7 +140,7 @@ for r, count in enumerate(free, 1):
 assert free == [r * (8 + 6 - r) for r in range(1, 7)] and free[-1] == 8 * 6
 
 # %% [markdown]
-# ## 2 · What does rank $r$ keep?
+# ## 2 · What does rank r keep?
 #
 # Hardly any matrix of measurements has a low rank exactly. So look for the matrix of rank 1 that is *closest* to the
 # photograph $M$. Start from any row $v$. The best column to go with it is $M v$, up to its length; the best row for a
@@ -411,7 +411,7 @@ assert torch.isclose(torch.linalg.matrix_norm(hills - lowered, 2), S[r])
 # $\Delta W$. Each of the five sections below opens with one of its questions, and settles on a photograph and a map
 # how to answer it.
 #
-# ## 4 · Isn't $r = \operatorname{rank}(\Delta W)$ the value that keeps the most information?
+# ## 4 · Isn't r = rank(ΔW) the value that keeps the most information?
 #
 # > **Chapter 03 asks**: of what rank is $\Delta W$? And the files that I subtract are in half precision: does that matter?
 #
@@ -606,9 +606,9 @@ for draw in range(draws):
     for k, t in enumerate(strengths):
         left, S, _ = torch.linalg.svd(noise + t * torch.outer(u, v))
         largest[draw, k], overlaps[draw, k] = S[0], (left[:, 0] @ u) ** 2
-print("strength of the hidden term          ", "  ".join(f"{t:4}" for t in strengths))
-print("largest singular value, mean of four ", "  ".join(f"{x:4.1f}" for x in largest.mean(0)))
-print("overlap with u, mean of four         ", "  ".join(f"{x:4.2f}" for x in overlaps.mean(0)))
+print("strength   ", "".join(f"{t:7}" for t in strengths))
+print("largest σ  ", "".join(f"{x:7.1f}" for x in largest.mean(0)), "  mean of four draws")
+print("overlap    ", "".join(f"{x:7.2f}" for x in overlaps.mean(0)))
 
 # %% [markdown]
 # Theory says what to expect (Benaych-Georges & Nadakuditi 2012). With $\theta = t / \sqrt{n}$ there is no trace up to
@@ -645,7 +645,7 @@ assert 0.45 < overlaps.mean(0)[weak] < 0.65 and overlaps.mean(0)[strong] > 0.85
 
 # %% [markdown]
 # Below $t = \sqrt{n} = 20$ there is no trace; near 20 the draws differ. Above, the largest singular value leaves the noise, although the hidden
-# term alone is only half as strong as the noise reaches: term and noise add up. The direction turns towards $u$ by and by:
+# term alone is only half as strong as the noise reaches: term and noise add up. The direction turns towards $u$ gradually:
 # at $t = 30$, that is $1.5 \sqrt{n}$, theory gives an overlap of 0.56, and single draws lie around it. For an $m \times n$
 # matrix the threshold is $\sqrt[4]{m n}$.
 #
@@ -806,7 +806,8 @@ for name, matrix, S in (("photograph", face, S_face), ("shuffled", shuffled, S_s
         assert behind > 0.25 or (name, power) != ("photograph", 0)
 
 # %% [markdown]
-# A plain sketch of the photograph is more than a quarter off: the 496 weak terms leak into the products. One **power
+# A plain sketch of the photograph has an error more than a quarter above the best: the 496 weak terms leak into the
+# products. One **power
 # iteration** multiplies by $M M^\top$ once more, so that a direction with a tenth of the strength counts for a thousandth,
 # and the error is within 2 % of the best. On the shuffled pixels even the plain sketch is hardly behind, but only
 # because there the best 16 terms hold only a tenth of the energy.
