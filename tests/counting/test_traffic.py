@@ -26,9 +26,6 @@ def test_only_the_dense_ways_grow_with_the_vocabulary(vocabulary, tokens):
         assert larger[name] - moved[name] == grows * 4 * 8 * vocabulary
 
 
-def test_bytes_read_as_one_expects():
-
-
 def test_a_look_up_does_half_the_rank_in_operations_a_byte_and_one_pass_moves_a_quarter():
     for rank in (4, 16, 64):
         moved = look_up_bytes(65_536, 4096, rank)
