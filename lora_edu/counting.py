@@ -297,7 +297,7 @@ def gpt3(name: str, layers: int, width: int, heads: int, vocabulary: int = 50_25
 def tinylm(
     vocabulary: int = 10_000,
     width: int = 100,
-    layers: int = 4,
+    layers: int = 6,
     heads: int = 5,
     context: int = 256,
     name: str = "TinyLM",
