@@ -57,7 +57,7 @@ def check_04_1(answer: object) -> str:
 
 def check_04_2(answer: object) -> str:
     """A function lora_numbers(model, names, rank): numbers that LoRA trains on the linear layers so named."""
-    hint = "for each nn.Linear whose own name, behind the last dot, is in names: rank · (in_features + out_features)."
+    hint = "named_modules() gives names and layers. A is (rank, in_features), B is (out_features, rank)."
     if refused := no_function(2, answer, "model, names, rank", hint):
         return refused
     for what, model, names, rank in (
@@ -178,8 +178,8 @@ def _listed(got: object) -> object:
 def check_04_4(answer: object) -> str:
     """A function largest_batch(budget, held, trained, kept, sequence): how many texts fit into so many bytes."""
     hint = (
-        "held, and three times trained (a gradient and two of Adam's numbers each), do not depend on the batch; "
-        "kept · sequence numbers a text do. 4 bytes each."
+        "what grows with the batch, and what does not? A trained number takes its own place, its gradient's, and two "
+        "of Adam's."
     )
     gpt2 = counting.ARCHITECTURES["GPT-2"].parameters
     adapter = counting.count("GPT-2", "c_attn", 8).parameters
@@ -247,7 +247,7 @@ def _batch_problem(
 
 def check_04_5(answer: object) -> str:
     """A function rank_for_budget(shapes, budget, bytes_each): the largest useful r within so many bytes."""
-    hint = "the largest whole r with r · bytes_each · (all sides together) ≤ budget, never above the smallest side."
+    hint = "how many bytes do all A and B together take at r = 1? And is there a rank that no matrix needs?"
     llama = [(4096, 4096), (1024, 4096)] * 32  # W_q and W_v of Llama-3-8B
     cases = [
         (llama, 10_000_000, 2),
@@ -297,8 +297,8 @@ def check_04_5(answer: object) -> str:
 def check_04_6(answer: object) -> str:
     """A function backward_flops(rows, columns, rank, input_needed), compared with what PyTorch counts."""
     hint = (
-        "every product costs 2 · (its two sides): for B's gradient, back through B, for A's gradient; and, only if "
-        "the input's gradient is needed, back through A and back through W."
+        "follow the gradient back, product by product: to B, through B to A, and on to the input. Each product of an "
+        "m × n matrix with one vector costs 2 · m · n."
     )
     cases = [(64, 48, 4, True), (768, 768, 0, True), (40, 16, 3, False), (40, 16, 0, False)]
     for _ in range(6):

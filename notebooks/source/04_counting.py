@@ -185,10 +185,8 @@ for model in counting.ARCHITECTURES.values():
     larger = [row.role for row in every if row.parameters / row.copies >= embedding]
     assert larger in ([], ["head"]), model.name
 llama = {name: counting.count("Llama-3-8B", name, 8).parameters for name in ("embedding", "query", "linear")}
-print(
-    "no adapter of a single matrix is larger than the embedding's; the head's, of the same shape, is as large"
-)
-print("Llama-3-8B at r = 8:", llama)
+print("the largest adapter of a single matrix: the embedding's, or the head's too")
+print("Llama-3-8B at r = 8:", ", ".join(f"{name} {counting.spaced(n)}" for name, n in llama.items()))
 assert 16 < llama["embedding"] / counting.lora_parameters(4096, 4096, 8) < 17
 assert 19.5 < llama["linear"] / llama["embedding"] < 20
 
@@ -267,7 +265,13 @@ plots.show(figure, sentence + f"{max(ratios):.2f} times what is printed.")
 # The figures themselves, and what we know about those that do not come out:
 
 # %%
-print(counting.published_table())
+import textwrap
+
+print(f"{'printed':>11}{'counted':>13}")
+for name, row in zip(names, published, strict=True):
+    print(f"{row.printed:>11}{row.ours:>13} {'=' if row.reproduced else '≠'} {name}")
+    if not row.reproduced:
+        print(textwrap.fill(row.note, 74, initial_indent=27 * " ", subsequent_indent=27 * " "))
 
 # %%
 GPT2 = counting.ARCHITECTURES["GPT-2 M"], counting.ARCHITECTURES["GPT-2 L"]
@@ -330,7 +334,7 @@ assert fused / apart == 2 / 3
 # **Why.** Fused: $r\,(768 + 2304) = 3072\,r$ in each layer. Apart: $3 \cdot r\,(768 + 768) = 4608\,r$. The fused
 # adapter has *one* $A$: the updates of $W_q$, $W_k$ and $W_v$ read the same $r$ directions of the input. That is a
 # real restriction, not only a saving. (PEFT adapts the module as it is, hence fused; loralib's `MergedLinear` keeps
-# the parts apart.) 'LoRA on attention at $r = 8$' is therefore not yet a full description. In Qwen2.5-7B, below it,
+# the parts apart.) 'LoRA on attention at $r = 8$' is therefore not yet a full description. In Qwen2.5-7B, printed below it,
 # $W_k$ and $W_v$ have 512 rows and not 3584.
 #
 # Now choose matrices in five real models. On the left you see what each kind costs, in blue what you chose; on the
@@ -430,9 +434,8 @@ plots.show(
 
 # %%
 gpt3 = [counting.training_flops("GPT-3 175B", *way, sequence=512).total for way in (("full",), ("lora", 8))]
-print(
-    f"GPT-3, 512 tokens: full {gpt3[0]:.3g}, LoRA on W_q and W_v {gpt3[1]:.3g} FLOPs, {gpt3[1] / gpt3[0]:.1%}"
-)
+print(f"GPT-3, 512 tokens: full tuning {gpt3[0]:.3g} FLOPs")
+print(f"LoRA on W_q and W_v    {gpt3[1]:>16.3g} FLOPs, {gpt3[1] / gpt3[0]:.1%}")
 assert 0.66 < gpt3[1] / gpt3[0] < 0.68
 
 # %% [markdown]
@@ -479,9 +482,13 @@ explore.predict(
 # %%
 def table(ways):
     """Memory of each way in MB, a row a way."""
-    print(f"{'MB':<22}" + "".join(f"{name:>12}" for name in (*counting.Memory._fields, "total")))
+    print(f"{'MB':<16}" + "".join(f"{name:>12}" for name in counting.Memory._fields) + f"{'total':>10}")
     for name, memory in ways.items():
-        print(f"{name:<22}" + "".join(f"{part / 1e6:>12.1f}" for part in (*memory, memory.total)))
+        print(
+            f"{name:<16}"
+            + "".join(f"{part / 1e6:>12.1f}" for part in memory)
+            + f"{memory.total / 1e6:>10.1f}"
+        )
 
 
 STEP = {"batch": 16, "sequence": 256}
@@ -494,10 +501,8 @@ table(tiny)
 # %%
 full, lora = tiny.values()
 saved = {part: (getattr(full, part) - getattr(lora, part)) / 1e6 for part in full._fields}
-print(
-    f"LoRA saves {1 - lora.total / full.total:.0%}, in MB:",
-    {part: round(mb, 1) for part, mb in saved.items()},
-)
+print(f"LoRA saves {1 - lora.total / full.total:.0%} of the memory. In MB:")
+print(", ".join(f"{part} {mb:.1f}" for part, mb in saved.items()))
 softmax = 16 * 256 * 10_000 * 4
 print(f"the softmax alone: {softmax / 1e6:.0f} MB, {softmax / full.total:.0%} of the step")
 kept = [counting.saved_numbers("TinyLM", *way) for way in (("full",), ("lora", 8, ("query", "value")))]
@@ -699,7 +704,8 @@ pairs = {
     "Llama-3-8B, all linear layers": (full.activations, wide.activations),
 }
 fewer = {name: f"{1 - lora / full:.0%}" for name, (full, lora) in pairs.items()}
-print("activations that LoRA need not keep:", fewer)
+print("\nactivations that LoRA need not keep:")
+print("\n".join(f"{share:>5} {name}" for name, share in fewer.items()))
 assert list(fewer.values()) == ["16%", "15%", "27%", "8%"]
 
 # %% [markdown]
@@ -712,7 +718,7 @@ llama = counting.ARCHITECTURES["Llama-3-8B"].parameters
 print(f"Llama-3-8B at 16 bytes a parameter: {16 * llama / 1e9:.0f} GB")
 print(f"its table and head in 16 bits instead of 4: {2 * 128_256 * 4096 * 1.5 / 1e9:.1f} GB more")
 gpt3 = counting.ARCHITECTURES["GPT-3 175B"].parameters * 2 / 1e9
-print(f"GPT-3 in 16 bits: weights {gpt3:.0f} GB; with gradients and Adam's two states {4 * gpt3:.0f} GB")
+print(f"GPT-3 in 16 bits: weights {gpt3:.0f} GB, with gradients and Adam {4 * gpt3:.0f} GB")
 
 # %% [markdown]
 # For GPT-3 the paper says that memory falls from 1.2 TB to 350 GB (§4.2). The 350 GB are the weights alone, in 16
