@@ -17,10 +17,10 @@ from lora_edu import notebooks
 from lora_edu.paths import REPOSITORY
 
 FLOORS = {
-    1: ["paths", "lowrank", "counting", "data"],
-    2: ["tinylm", "lora"],
+    1: ["paths", "text", "lowrank", "counting", "data"],
+    2: ["tinylm", "lora", "loss"],
     3: ["training", "plots", "tuning"],
-    4: ["explore", "exercises", "data.make", "data.sweeps", "data.analysis"],
+    4: ["explore", "exercises", "recording"],
     5: ["cli", "lab", "doctor", "notebooks", "delta", "site", "guard"],
 }
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
@@ -29,7 +29,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
-    """lora_edu/data/make.py → data.make, lora_edu/data/__init__.py → data."""
+    """lora_edu/recording/make.py → recording.make, lora_edu/data/__init__.py → data."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip(".")
 
 
@@ -75,7 +75,7 @@ def against_the_arrows(path: Path, text: str | None = None) -> list[str]:
 
     def allowed(other: str) -> bool:
         inside = other.split(".")[0] == room and floor_of(other) <= floor
-        return inside or floor == 5 or other == "paths" or floor_of(other) < floor
+        return inside or floor == 5 or other in ("paths", "text") or floor_of(other) < floor
 
     return sorted(other for other in ours if not allowed(other))
 
@@ -87,7 +87,7 @@ def forbidden_libraries(path: Path, text: str | None = None) -> set[str]:
     forbidden = {"peft", "loralib", "transformers"}  # references, to compare with
     if module and floor_of(module) < 4:
         forbidden |= {"ipywidgets"}
-    if module.split(".")[0] in ("", "counting", "paths", "cli"):
+    if module.split(".")[0] in ("", "counting", "paths", "text", "cli"):
         forbidden |= {"torch", "numpy"}
     return roots & forbidden
 
