@@ -20,8 +20,8 @@ FLOORS = {
     1: ["paths", "lowrank", "counting", "data"],
     2: ["tinylm", "lora"],
     3: ["training", "plots", "tuning"],
-    4: ["explore", "exercises", "data.make", "data.sweeps", "data.analysis"],
-    5: ["cli", "lab", "doctor", "notebooks", "delta", "site"],
+    4: ["explore", "exercises", "recording", "data.sweeps", "data.analysis"],
+    5: ["cli", "data.make", "lab", "doctor", "notebooks", "delta", "site"],
 }
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
 PACKAGE = REPOSITORY / "lora_edu"

