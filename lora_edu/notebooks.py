@@ -27,6 +27,7 @@ FOLDER = REPOSITORY / "notebooks"
 TAGS = {"setup", "exercise", "solution", "nbval-ignore-output"}
 LIVE_VIEW = "application/vnd.jupyter.widget-view+json"  # means nothing without the kernel that made it
 LONGEST_CELL = 25  # lines
+PREDICTION = "explore.predict("  # what a cell begins with that holds a question and all its replies
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {
@@ -130,8 +131,10 @@ def assemble(prefix: str, cells: Sequence[NotebookNode]) -> NotebookNode:
         seen[digest] = seen.get(digest, 0) + 1
         new = new_code_cell if cell.cell_type == "code" else new_markdown_cell
         identity = f"{prefix}-{digest}" + (f"-{seen[digest]}" if seen[digest] > 1 else "")
-        tags = {"tags": list(cell.metadata.tags)} if cell.metadata.tags else {}
-        made.append(new(cell.source, id=identity, metadata=tags))
+        metadata = {"tags": list(cell.metadata.tags)} if cell.metadata.tags else {}
+        if cell.cell_type == "code" and cell.source.startswith(PREDICTION):
+            metadata["jupyter"] = {"source_hidden": True}  # its code would tell the replies before a choice
+        made.append(new(cell.source, id=identity, metadata=metadata))
     return new_notebook(cells=made, metadata=METADATA)
 
 

@@ -1,4 +1,4 @@
-"""Slider explorers: one function a subject, each returns an Explorer to put last in a cell."""
+"""Slider explorers and predictions: each function returns a widget to put last in a cell."""
 
 from lora_edu.explore.counting import Calculator, calculator, rank_and_shape, table_and_square, which_matrices
 from lora_edu.explore.deltas import rare_rows, rounding, spectra_by_kind, truncation, two_seeds
@@ -7,6 +7,7 @@ from lora_edu.explore.intrinsic_dimension import random_subspaces
 from lora_edu.explore.lora_embedding import bytes_moved, first_step, roofline
 from lora_edu.explore.lora_linear import alpha_that_does_nothing, gradient_norms, seen_through
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
+from lora_edu.explore.prediction import Prediction, predict
 from lora_edu.explore.start_here import what_each_rank_writes
 from lora_edu.explore.train_with_lora import (
     equal_gain,
@@ -18,6 +19,7 @@ from lora_edu.explore.train_with_lora import (
 __all__ = [
     "Calculator",
     "Explorer",
+    "Prediction",
     "alpha_that_does_nothing",
     "bytes_moved",
     "calculator",
@@ -28,6 +30,7 @@ __all__ = [
     "hidden_direction",
     "noisy_photograph",
     "photograph_rank",
+    "predict",
     "random_subspaces",
     "rank_and_shape",
     "rare_rows",

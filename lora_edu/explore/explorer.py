@@ -21,6 +21,11 @@ from matplotlib.transforms import Bbox
 
 from lora_edu import plots
 
+# JupyterLab puts a broken link on each widget without a kernel, though these need none
+WITHOUT_KERNEL = (
+    ".{name} .jupyter-widgets-disconnected::before{{display:none!important}}"
+    ".{name}.jupyter-widgets-disconnected::before{{display:none!important}}"
+)
 MOST_PICTURES = 60  # at about 60 ms and 8 kB each, what stays within 5 s and 0.5 MB
 
 
@@ -88,8 +93,7 @@ class Explorer(widgets.VBox):
     def close(self) -> None:
         """Takes the explorer and all its parts out of the kernel and the browser."""
         links, self._links = self._links, ()
-        for part in [*links, *(parts(self) - {self} if links else ())]:
-            part.close()
+        close_parts(self, links)
         super().close()
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
@@ -224,15 +228,13 @@ def width_of(text: str) -> float:
 def make_css(texts: Mapping[str, list[str]]) -> tuple[str, widgets.HTML]:
     """A CSS class for the explorer, and the widget that defines it.
 
-    ipywidgets cuts a value after some 20 letters and lets a rail end where its value happens to begin; and
-    JupyterLab puts a broken link on each widget without a kernel, though these need none.
+    ipywidgets cuts a value after some 20 letters and lets a rail end where its value happens to begin.
     """
     room = max(width_of(text) for column in texts.values() for text in column)
     name = f"lora-edu-explorer-{room:.1f}".replace(".", "-")
-    lost = "jupyter-widgets-disconnected::before{display:none!important}"
     css = (
         f".{name} .widget-readout{{min-width:{room:.1f}ch;max-width:none;margin-left:14px;"
-        f"text-align:left;overflow:visible}}.{name} .{lost}.{name}.{lost}"
+        f"text-align:left;overflow:visible}}" + WITHOUT_KERNEL.format(name=name)
     )
     return name, widgets.HTML(f"<style>{css}</style>", layout=widgets.Layout(display="none"))
 
@@ -281,6 +283,12 @@ def nest(
     return stack
 
 
+def close_parts(widget: widgets.Widget, links: Sequence[widgets.Widget]) -> None:
+    """Closes the links between a widget's parts and all parts, not the widget itself; without links, nothing."""
+    for part in [*links, *(parts(widget) - {widget} if links else ())]:
+        part.close()
+
+
 def parts(widget: widgets.Widget) -> set[widgets.Widget]:
     """The widget and all that it is made of."""
     inner = [
@@ -291,21 +299,20 @@ def parts(widget: widgets.Widget) -> set[widgets.Widget]:
     return {widget}.union(*(parts(part) for part in inner if isinstance(part, widgets.Widget)))
 
 
-alive: dict[
-    str, tuple[str, list[Explorer]]
-] = {}  # a notebook's cell → (its latest run, that run's explorers)
+# a notebook's cell → (its latest run, what that run made)
+alive: dict[str, tuple[str, list[widgets.Widget]]] = {}
 
 
-def replace_earlier(explorer: Explorer) -> None:
+def replace_earlier(made: widgets.Widget) -> None:
     """Closes what an earlier run of the same cell made: JupyterLab would save it too, a megabyte a time."""
     shell = get_ipython()
     message = shell.get_parent() if hasattr(shell, "get_parent") else {}
     cell = message.get("metadata", {}).get("cellId")
     if cell is None:  # no notebook, or a front end that does not say which cell it runs
         return
-    run, explorers = alive.get(cell, (None, []))
+    run, before = alive.get(cell, (None, []))
     if run != message["header"]["msg_id"]:
-        for earlier in explorers:
+        for earlier in before:
             earlier.close()
-        explorers = []
-    alive[cell] = message["header"]["msg_id"], [*explorers, explorer]
+        before = []
+    alive[cell] = message["header"]["msg_id"], [*before, made]

@@ -51,6 +51,8 @@ def make_page(notebook: NotebookNode, name: str, solutions: str | None = None) -
     models = source.metadata.pop("widgets", {}).get(STATE, {}).get("state", {})
     needed = set()
     for cell in source.cells:
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            cell.metadata.tags = [*cell.metadata.get("tags", []), "remove-input"]
         for output in cell.get("outputs", []):
             needed |= convert(output, models, f"{name}, cell {cell.source[:60]!r}")
     if solutions:

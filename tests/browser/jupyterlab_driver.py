@@ -303,7 +303,7 @@ from lora_edu.explore import explorer as _explorer
 print(_json.dumps({cell: [{
     "pictures": len(shown.pictures), "seconds": shown.seconds, "bytes": shown.bytes,
     "complaints": sorted({words for picture in shown.pictures.values() for words in picture.complaints}),
-} for shown in explorers] for cell, (_, explorers) in _explorer.alive.items()}))
+} for shown in made if isinstance(shown, _explorer.Explorer)] for cell, (_, made) in _explorer.alive.items()}))
 """
 
 ASK_KERNEL = f"""async code => {{
@@ -314,7 +314,7 @@ ASK_KERNEL = f"""async code => {{
   await future.done;
   const index = Object.fromEntries(content.widgets.map((cell, index) => [cell.model.sharedModel.id, index]));
   return JSON.stringify(Object.fromEntries(
-    Object.entries(JSON.parse(text)).map(([cell, told]) => [index[cell], told])));
+    Object.entries(JSON.parse(text)).filter(([, told]) => told.length).map(([cell, told]) => [index[cell], told])));
 }}"""
 
 SEEN = """cell => {

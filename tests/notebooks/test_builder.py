@@ -156,3 +156,12 @@ def test_a_source_that_breaks_a_rule_is_refused(folder, source, message):
 def test_an_unknown_chapter_is_answered_with_those_there_are(folder):
     with pytest.raises(FileNotFoundError, match="no chapter '98_nothing': there are 99_try"):
         notebooks.editions("98_nothing", folder)
+
+
+def test_the_replies_of_a_prediction_are_not_read_in_its_code(folder):
+    question = '# %%\nexplore.predict("Why?", {"so": "Because.", "not": "Look."})\n\n'
+    question += "# %% [markdown]\n# explore.predict(\n"
+    write_source(folder, CHAPTER.replace("# %%\nassert 1 < 2\n", question, 1))
+    chapter, _ = notebooks.editions("99_try", folder)
+    hidden = [cell.source for cell in chapter.notebook.cells if "jupyter" in cell.metadata]
+    assert len(hidden) == 1 and hidden[0].startswith('explore.predict("Why?"')
