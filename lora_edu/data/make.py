@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from lora_edu.data import analysis, corpus, ngrams, published, shipped, sweeps
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, user_folder, write_atomically, write_json
+from lora_edu.recording import deltas
 from lora_edu.recording import published as published_figures
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
@@ -274,6 +275,18 @@ class Maker:
             "published_rxnfp.safetensors", f"figures of {found.facts['model']}; its weights don't ship"
         )
         return {key: found.facts[key] for key in ("model", "reactions", "ranks", "energy")}
+
+    def deltas(self) -> dict:
+        """Short full tunings for chapter 03: ΔW on another text, and the planted ΔW learnt from drawn tokens."""
+        found = {
+            "another text": deltas.other_text(),
+            "planted with labels": deltas.planted_with_labels(self.facts()["planted"]),
+        }
+        write_atomically(self.out / "deltas.json", deltas.packed(found))
+        self.describe(
+            "deltas.json", "figures of short full tunings: overlaps of ΔW, a planted ΔW under label noise"
+        )
+        return {"tunings": 4, "rate": deltas.RATE, "steps": deltas.STEPS}
 
     def rows(self) -> list[dict]:
         """The rows recorded so far."""

@@ -113,6 +113,11 @@ def load_analysis() -> dict:
     return _sweeps()["analysis"]
 
 
+def load_deltas() -> dict:
+    """What `lora_edu.recording.deltas` found after short tunings: "another text", "planted with labels"."""
+    return json.loads(data_file("deltas.json").read_text(encoding="utf-8"))
+
+
 def _sweeps() -> dict:
     return json.loads(data_file("sweeps.json").read_text(encoding="utf-8"))
 
