@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from lora_edu.data import corpus, published, shipped
 from lora_edu.data.runs import name_of
 from lora_edu.lora import add_lora, save_adapter
-from lora_edu.paths import REPOSITORY, user_folder, write_atomically, write_json
+from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
 from lora_edu.recording import analysis, deltas, ngrams, regimes, sweeps
 from lora_edu.recording import published as published_figures
 from lora_edu.recording.run import TARGETS, base_losses, divergence_from, record_all, tolerance
@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     """`lora-edu data`: rebuild the shipped data, going on where an earlier run stopped."""
     parser = argparse.ArgumentParser(prog="lora-edu data", description=main.__doc__)
     parser.add_argument(
-        "--out", type=Path, default=shipped.data_folder(), help="where the files go (default: data/)"
+        "--out", type=expanded, default=shipped.data_folder(), help="where the files go (default: data/)"
     )
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument(
