@@ -321,7 +321,7 @@ def _evaluate(
 def _number(value: object, name: str) -> float:
     """A loss as Python's float, whatever holds it: a tensor or an array of one number, too."""
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{name} must give one number (or several by name, in a dictionary); got {printable(repr(value))}"

@@ -314,6 +314,11 @@ def test_int32_tokens():
         ),
         (lambda: LoRALinear.from_layer(weight_normed(), 1, 1), TypeError, "computes its weight"),
         (lambda: LoRALinear.from_layer(hooked(), 1, 1), TypeError, "has hooks"),
+        (
+            lambda: LoRALinear.from_layer(replaced(), 1, 1),
+            TypeError,
+            "the forward of this Linear was replaced on the layer itself.*add LoRA first",
+        ),
         (lambda: LoRALinear.from_layer(quantised(), 1, 1), TypeError, "already quantised"),
         (
             lambda: LoRALinear.from_layer(float8(), 1, 1),
@@ -339,6 +344,12 @@ class Scaled(nn.Embedding):
 
 def weight_normed():
     return nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+
+def replaced():
+    layer = nn.Linear(3, 4)
+    layer.forward = lambda x: x
+    return layer
 
 
 def hooked():
