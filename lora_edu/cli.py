@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from lora_edu import paths
+
+# Name → module, what it does, and whether it needs the repository beside the package (a wheel has none).
 COMMANDS = {
-    "lab": ("lora_edu.lab", "open the chapters in JupyterLab, as copies of your own"),
-    "doctor": ("lora_edu.doctor", "say what this machine has and which chapters can run on it"),
-    "data": ("lora_edu.data.make", "make the shipped checkpoints anew (an hour on two cores)"),
-    "delta": ("lora_edu.delta", "the spectrum of the difference between two checkpoints"),
-    "count": ("lora_edu.counting", "parameters, bytes and FLOPs of LoRA on a model's real shapes"),
+    "lab": ("lora_edu.lab", "open the chapters in JupyterLab, as copies of your own", True),
+    "doctor": ("lora_edu.doctor", "say what this machine has and which chapters can run on it", False),
+    "data": ("lora_edu.recording.make", "make the shipped checkpoints anew (an hour on two cores)", True),
+    "delta": ("lora_edu.delta", "the spectrum of the difference between two checkpoints", False),
+    "count": ("lora_edu.counting", "parameters, bytes and FLOPs of LoRA on a model's real shapes", False),
 }
 
 
@@ -41,12 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="lora-edu", description="LoRA, measured: the course's commands.")
     choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, what) in COMMANDS.items():
+    for name, (module, what, _) in COMMANDS.items():
         if is_there(module):
             choices.add_parser(name, help=what, add_help=False)
     chosen, rest = parser.parse_known_args(arguments)
+    module, _, needs_repository = COMMANDS[chosen.command]
     try:
-        return import_module(COMMANDS[chosen.command][0]).main(rest) or 0
+        if needs_repository:
+            paths.repository()
+        return import_module(module).main(rest) or 0
     except (OSError, ValueError) as error:
         if _closed_pipe(error):
             raise

@@ -7,6 +7,19 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def repository() -> Path:
+    """The clone that this package lies in, with the chapters and their data beside it.
+
+    Raises FileNotFoundError, in one line, where the package was installed without it.
+    """
+    if not (REPOSITORY / "notebooks").is_dir():
+        raise FileNotFoundError(
+            f"the chapters and their data are not beside the package (looked in {REPOSITORY}): clone the "
+            "repository and run `make lab` there, or `pip install -e .`, which keeps the two together"
+        )
+    return REPOSITORY
+
+
 def expanded(path: str | os.PathLike) -> Path:
     """A path as people write it: `~` is their home folder, also where no shell saw it (in quotes, in a file)."""
     return Path(os.path.expanduser(path))
