@@ -42,9 +42,8 @@ def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embe
             "LoRA, and dispatch the model after that"
         )
     own = vars(layer).get("forward")
-    if (
-        own is not None and getattr(own, "__func__", None) is not type(layer).forward
-    ):  # which hooks leave behind
+    # Hooks taken off again leave the class's own forward behind, as an attribute of the layer.
+    if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
         raise TypeError(
             f"the forward of this {kind} was replaced on the layer itself, which LoRA would undo; add LoRA first and "
             "let the other library wrap the model after that"

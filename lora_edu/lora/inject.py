@@ -89,9 +89,8 @@ def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> 
                 built[id(layer)] = build(name, layer)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from None
-            if tied_to(
-                model, name
-            ):  # its own Parameter on the same memory: merging then leaves the other alone
+            # Its own Parameter on the same memory, so that merging leaves the other alone.
+            if tied_to(model, name):
                 built[id(layer)].weight = nn.Parameter(layer.weight.data, requires_grad=False)
     except BaseException:
         _set_trainable(model, trainable)

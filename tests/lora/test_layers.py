@@ -112,9 +112,8 @@ def test_gradcheck_embedding(draw: random.Random):
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for shape in ((vocabulary, width), (vocabulary, rank), (width, rank))
     ]
-    if (
-        padding is not None
-    ):  # W's own gradient leaves the padding row out too, which no numerical check can see
+    # W's own gradient leaves the padding row out too, which no numerical check can see.
+    if padding is not None:
         matrices[0].requires_grad_(False)
 
     def operation(W, A, B):
