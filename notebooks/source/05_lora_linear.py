@@ -488,11 +488,13 @@ assert min(run[-1] for run in frozen) > 0.75 and max(run[-1] for run in free) < 
 figure, (left, right) = plots.subplots(1, 2, size=(7.2, 2.8))
 runs = {"A frozen": torch.tensor(frozen).T, "A trained": torch.tensor(free).T}
 plots.curves(left, {name: (range(201), each) for name, each in runs.items()}, xlabel="step", ylim=(0, 1.05))
-left.set(title="loss, three draws of A", ylabel="share of the first")
+left.set(ylabel="loss, share of the first")
 plots.mark_level(left, floor, "the best of rank 8", 0.98)
 plots.curves(right, {"A": (STEPS, torch.tensor(turned).T)}, xlabel="step", ylim=(0, 1.05))
-right.set(title="the best input directions that A covers")
 plots.mark_level(right, 0.08, "eight random directions", 0.98)
+with plots.style():
+    left.set_title("three draws of A")
+    right.set_title("best directions that A covers")
 plots.show(figure, "With A frozen the loss stays above 0.75; trained, A turns to the eight best directions.")
 
 # %% [markdown]
@@ -608,7 +610,7 @@ with plots.style():
     axes.set(xlabel="cosine of the two Bs", ylabel="loss, share of the first", ylim=(0, 1), xlim=(-0.5, 0.5))
     axes.legend(loc="upper right")
     axes.set_title("The mean of two adapters, fifteen pairs of seeds")
-plots.mark_level(axes, max(single), "the worst single run", 0.4)
+plots.mark_level(axes, max(single), "the worst single run", 0.98)
 plots.show(
     figure, "Averaged updates are as good as one run; averaged factors are worse in all fifteen pairs."
 )
@@ -679,8 +681,9 @@ explore.alpha_that_does_nothing(lambda alpha, rate, start: train(alpha=alpha, ra
 # set by the learning rate. With that at $1/\sqrt{c}$ too, all stays in proportion, step after step.
 #
 # The paper says it in passing, with a 'roughly': 'When optimizing with Adam, tuning α is roughly the same as tuning the
-# learning rate if we scale the initialization appropriately' (§4.1). Without weight decay and with a negligible ε it is
-# exact, whatever the model. (Under SGD, whose steps do grow with the gradient, the learning rate must be divided by $c$
+# learning rate if we scale the initialization appropriately' (§4.1). It is exact in any model, as long as only $A$s and
+# $B$s are trained, without weight decay, without clipping of gradients (they do change size), and with an ε that is
+# negligible beside them. (Under SGD, whose steps do grow with the gradient, the learning rate must be divided by $c$
 # instead, and $A_0$ again by $\sqrt{c}$.)
 #
 # What, then, does alpha do alone? The same argument shows it: alpha times $c$ **is a learning rate $c$ times as large, for
@@ -720,7 +723,9 @@ assert max(lowest) - min(lowest) < 0.01 and best[4] > best[64]
 figure, axes = plots.subplots(size=(7.2, 2.8))
 named = {f"alpha = {alpha}": losses for alpha, losses in ends.items()}
 plots.rate_curves(axes, named, xlabel="learning rate, times 0.004", ylabel="loss after 50 steps")
-axes.set(ylim=(0.2, 0.8), title="Three alphas, each at every learning rate")
+axes.set(ylim=(0.2, 0.8))
+with plots.style():
+    axes.set_title("Three alphas, each at every learning rate")
 plots.plain_ticks(axes.xaxis, grid)
 plots.show(figure, "Three alphas reach the same loss, the larger alpha at the smaller learning rate.")
 
@@ -774,7 +779,9 @@ assert all(0.9 < norm < 1.25 for norm in sizes["Adam, alpha / √r"])
 # %%
 figure, axes = plots.subplots(size=(7.2, 2.8))
 plots.curves(axes, {name: (RANKS, norms) for name, norms in sizes.items()}, xscale="log", yscale="log")
-axes.set(xlabel="rank r", ylabel="times that at r = 8", title="The first step of ΔW, at one learning rate")
+axes.set(xlabel="rank r", ylabel="times that at r = 8")
+with plots.style():
+    axes.set_title("The first step of ΔW, at one learning rate")
 plots.plain_log(axes, RANKS, (0.1, 1, 10))
 plots.show(
     figure, "The first ΔW shrinks with the rank under alpha / r; under Adam, alpha / √r keeps its length."
@@ -856,7 +863,9 @@ for axes, dtype in zip(row, (torch.float16, torch.bfloat16), strict=True):
     series = {way: (ROUNDS, [largest for _, largest in back[dtype][way]]) for way in WAYS}
     plots.curves(axes, series, xscale="log", xlabel="rounds of merging and unmerging")
     plots.plain_ticks(axes.xaxis, ROUNDS)
-    axes.set(title=str(dtype)[6:], ylabel="largest change of an entry of W")
+    axes.set(ylabel="largest change of W")
+    with plots.style():
+        axes.set_title(str(dtype)[6:])
     assert back[dtype]["PEFT"][-1][1] > 3 * back[dtype]["PEFT"][0][1]  # it grows
     assert back[dtype]["loralib"][-1] == back[dtype]["loralib"][0]  # it does not
 plots.show(figure, "The largest change of W against rounds: none with the original kept; PEFT's grows.")
