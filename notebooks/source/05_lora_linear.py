@@ -208,7 +208,7 @@ with torch.no_grad():
     mean = sum(noisy(x) for _ in range(2000)) / 2000
     quiet = noisy.eval()(x)
 off = float((mean - quiet).norm() / (quiet - query(x)).norm())
-print(f"mean of 2000 passes against the layer in eval(): {off:.1%} of the update apart")
+print(f"mean of 2000 passes against eval(): {off:.1%} of the update apart")
 assert off < 0.05
 
 # %% [markdown]
@@ -477,7 +477,7 @@ turned = [[covered(train(seed=seed, steps=steps)[3][1]) for steps in STEPS] for 
 free = [train(seed=seed, steps=201)[0] for seed in seeds]
 frozen = [train(seed=seed, steps=201, rate_A=0.0)[0] for seed in seeds]
 floor = float(loss_of(best_of_rank_8))
-print(f"loss after 200 steps, three draws of A; the best matrix of rank 8 has {floor:.2f}")
+print(f"loss after 200 steps; the best matrix of rank 8 has {floor:.2f}")
 for name, runs in {"A trained": free, "A frozen": frozen}.items():
     print(f"  {name}:", ", ".join(f"{run[-1]:.2f}" for run in runs))
 print("best directions that A covers:", ", ".join(f"{each[0]:.2f} → {each[-1]:.2f}" for each in turned))
@@ -527,7 +527,7 @@ shapes = {
     "Gaussian, variance 1 / 64": [normal_start(seed, 1 / 64) for seed in range(5)],
 }
 for name, ends in shapes.items():
-    print(f"{name:27} loss after 50 steps, five draws: {min(ends):.3f} to {max(ends):.3f}")
+    print(f"{name:27} loss after 50 steps {min(ends):.3f} to {max(ends):.3f}")
 means = [sum(ends) / 5 for ends in shapes.values()]
 assert abs(means[0] - means[1]) < 0.015 < means[2] - means[0]
 
@@ -661,7 +661,7 @@ for c in (4, 1 / 16, 2):
     other = train(alpha=16 * c, rate=1 / math.sqrt(c), start=1 / math.sqrt(c))
     apart = max(abs(one - two) for one, two in zip(usual[0], other[0], strict=True))
     print(
-        f"alpha · {c:<6g} learning rate and A₀ · {1 / math.sqrt(c):<7.4g} loss apart by",
+        f"alpha · {c:<6g} rate and A₀ · {1 / math.sqrt(c):<7.4g} loss apart by",
         apart if apart == 0 else "rounding only",
     )
     assert apart == 0 if c != 2 else apart < 1e-9
@@ -875,7 +875,7 @@ print("rounds, share of the entries changed, and the largest change")
 for dtype, ways in back.items():
     for way, results in ways.items():
         texts = [f"{share:6.1%} {largest:8.1e}" for share, largest in (results[0], results[-1])]
-        print(f"{str(dtype)[6:]:9}{way:9} after 1: {texts[0]}   after 100: {texts[1]}")
+        print(f"{str(dtype)[6:]:9}{way:9} 1: {texts[0]}   100: {texts[1]}")
         assert not any(map(any, results)) if way == "lora_edu" else min(results)[0] > 0.01
 
 # %% [markdown]
