@@ -17,7 +17,6 @@ from lora_edu.delta.files import (
     blocks,
     experts_of,
     open_checkpoint,
-    printable,
     read_whole,
 )
 from lora_edu.delta.measure import Figures, measure, measure_adapter, together_as_one
@@ -30,6 +29,8 @@ from lora_edu.delta.pairing import (
     tied_table,
 )
 from lora_edu.lora.adapter_files import Adapter, Factors, is_lora, read_adapter, sort_keys
+from lora_edu.paths import expanded
+from lora_edu.text import printable
 
 LEAST_ROOM = 2**24  # bytes: a checkpoint of small matrices need not do with less
 
@@ -67,7 +68,7 @@ def compare(
     before_is_exact: see `measure`. progress: wraps the list of pairs that is walked through, as tqdm does.
     Raises CheckpointError, or AdapterError, with one line for what can't be read.
     """
-    before = Path(before)
+    before = expanded(before)
     if after is None:
         if not recognise.is_adapter(before):
             raise CheckpointError(
@@ -75,7 +76,7 @@ def compare(
                 + recognise.instead(before)
             )
         return _with_adapter(None, before, progress)
-    after = Path(after)
+    after = expanded(after)
     if recognise.is_adapter(before):
         raise CheckpointError(
             f"{printable(before)} is an adapter, which needs the weights it was trained on: "

@@ -11,10 +11,10 @@ from lora_edu.delta.files import (
     PICKLES,
     WEIGHTS,
     CheckpointError,
-    printable,
     read_header,
 )
 from lora_edu.lora.adapter_files import CONFIG, MLX_WEIGHTS, OTHER_METHODS, PREFIX, is_lora
+from lora_edu.text import printable
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_edu.text import printable
+
+from .checks import check_alpha, check_dropout
 from .functional import delta
-from .layers import check_alpha, check_dropout
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MLX_WEIGHTS = "adapters.safetensors"
@@ -176,15 +178,15 @@ def read_adapter(path: str | Path) -> Adapter:
             config = config if config is not None else _config_of(metadata)
             for key in (key for pair in keys.pairs.values() for key in pair.values()):
                 if formats[key] not in DTYPES:
-                    raise AdapterError(f"{_short(key)} must be in {', '.join(DTYPES)}; got {formats[key]}")
+                    raise AdapterError(f"{printable(key)} must be in {', '.join(DTYPES)}; got {formats[key]}")
             for name in [name for name, key in keys.whole.items() if formats[key] not in DTYPES]:
-                keys.objections.append(f"{_short(name)}, stored whole, is in {formats[keys.whole[name]]}")
+                keys.objections.append(f"{printable(name)}, stored whole, is in {formats[keys.whole[name]]}")
                 del keys.whole[name]
             read = {key: file.get_tensor(key).clone() for key in _wanted(keys)}
     except AdapterError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{weights.name} is damaged or truncated: {_short(str(error))}") from None
+        raise AdapterError(f"{weights.name} is damaged or truncated: {printable(str(error))}") from None
     return _assemble(weights, config, keys, read)
 
 
@@ -257,7 +259,7 @@ def read_config(folder: Path) -> dict:
 def check_config(config: dict) -> None:
     """Raise AdapterError unless this is LoRA's configuration and its numbers are numbers."""
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type must be LORA; this adapter is {_short(config.get('peft_type'))}")
+        raise AdapterError(f"peft_type must be LORA; this adapter is {printable(config.get('peft_type'))}")
     _expect(
         config,
         "r",
@@ -273,7 +275,7 @@ def check_config(config: dict) -> None:
         for alpha in (config.get("alpha_pattern") or {}).values():
             check_alpha(alpha)
     except (ValueError, OverflowError) as error:
-        raise AdapterError(f"{CONFIG}: {_short(str(error))}") from None
+        raise AdapterError(f"{CONFIG}: {printable(str(error))}") from None
 
 
 def check_mlx(config: dict) -> dict:
@@ -282,7 +284,7 @@ def check_mlx(config: dict) -> dict:
     scale = settings.get("scale") if isinstance(settings, dict) else None
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or not scale:
         raise AdapterError(
-            f"{CONFIG}: lora_parameters.scale must be a number other than 0; got {_short(scale)}"
+            f"{CONFIG}: lora_parameters.scale must be a number other than 0; got {printable(scale)}"
         )
     return {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "mlx_scale": float(scale)}
 
@@ -304,7 +306,7 @@ def _config_of(metadata: Mapping[str, str]) -> dict | None:
 def _expect(config: dict, name: str, holds: Callable, rule: str, default=None) -> None:
     value = config.get(name, default)
     if not holds(value):
-        raise AdapterError(f"{CONFIG}: {name} must be {rule}; got {_short(value)}")
+        raise AdapterError(f"{CONFIG}: {name} must be {rule}; got {printable(value)}")
 
 
 # --- whose names ----------------------------------------------------------------------------------------------
@@ -342,7 +344,9 @@ def sort_keys(names: Iterable[str]) -> _Keys:
     names = list(names)
     for name in names:
         if len(name) > 300:
-            raise AdapterError(f"a tensor's name must start with {PREFIX} and be short; got {_short(name)}")
+            raise AdapterError(
+                f"a tensor's name must start with {PREFIX} and be short; got {printable(name)}"
+            )
     if any(".lora_down." in name or ".lora_up." in name for name in names):
         found = _sort_kohya(names)
     elif any(_MLX.fullmatch(name) for name in names):
@@ -382,17 +386,17 @@ def _sort_peft(names: list[str]) -> _Keys:
             continue  # the base's own table, kept beside its rows
         elif "lora_" in name or "ranknum" in name:
             found.objections.append(
-                f"the tensor {_short(key)} belongs to a kind of adapter that isn't supported"
+                f"the tensor {printable(key)} belongs to a kind of adapter that isn't supported"
             )
         else:
             plain = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.)", "", name).replace(".base_layer.", ".")
             found.whole[plain] = key
     if len(adapters) > 1:
-        listed = ", ".join(_short(each or "none") for each in sorted(adapters, key=str))
+        listed = ", ".join(printable(each or "none") for each in sorted(adapters, key=str))
         raise AdapterError(f"the file holds several adapters ({listed}): save one, or give a folder of one")
     if adapters - {None}:
         found.notes.append(
-            f"its keys carry the adapter's name, .{_short(adapters.pop())}., as a PeftModel's own state_dict() "
+            f"its keys carry the adapter's name, .{printable(adapters.pop())}., as a PeftModel's own state_dict() "
             "has them (save_pretrained leaves it out)"
         )
     for mark in marks:
@@ -408,8 +412,10 @@ def _without_prefix(found: _Keys, bare: list[str]) -> _Keys:
         found.notes.append("a LoRA in diffusers' layout (pytorch_lora_weights)")
         return found._replace(layout="diffusers")
     if found.pairs and any(key not in bare for pair in found.pairs.values() for key in pair.values()):
-        raise AdapterError(f"a tensor's name must start with {PREFIX} and be short; got {_short(bare[0])}")
-    found.objections.append(f"a tensor's name must start with {PREFIX} and be short; got {_short(bare[0])}")
+        raise AdapterError(f"a tensor's name must start with {PREFIX} and be short; got {printable(bare[0])}")
+    found.objections.append(
+        f"a tensor's name must start with {PREFIX} and be short; got {printable(bare[0])}"
+    )
     return found
 
 
@@ -447,7 +453,7 @@ def _sort_small(names: list[str], pattern: re.Pattern, layout: str) -> _Keys:
 
 def _add(pair: dict[str, str], part: str, key: str, layer: str) -> None:
     if part in pair:
-        raise AdapterError(f"{_short(layer)} has lora_{part} twice, also as {_short(key)}")
+        raise AdapterError(f"{printable(layer)} has lora_{part} twice, also as {printable(key)}")
     pair[part] = key
 
 
@@ -470,7 +476,7 @@ def _assemble(weights: Path, config: dict | None, keys: _Keys, read: dict[str, T
             refused.setdefault(name, everywhere)
             continue
         if not {"A", "B"} <= set(pair):
-            raise AdapterError(f"{_short(name)} has lora_{next(iter(pair))} alone: the file is incomplete")
+            raise AdapterError(f"{printable(name)} has lora_{next(iter(pair))} alone: the file is incomplete")
         factors = _factors(name, pair, read, keys.layout, config)
         alpha, known = _alpha(name, pair, read, factors, config, alphas, deadline)
         guessed += not known
@@ -482,19 +488,19 @@ def _assemble(weights: Path, config: dict | None, keys: _Keys, read: dict[str, T
         name = next(n for n, each in layers.items() if each.rank != config.get("r"))
         if config:
             objections.append(
-                f"{_short(name)} has rank {layers[name].rank}, but {CONFIG} says {config['r']}: the files "
+                f"{printable(name)} has rank {layers[name].rank}, but {CONFIG} says {config['r']}: the files "
                 "don't match"
             )
     for key, tensor in read.items():
         if not torch.isfinite(tensor).all():
             objections.append(
-                f"{_short(key)} has entries that are infinite or NaN: the file is damaged or training diverged"
+                f"{printable(key)} has entries that are infinite or NaN: the file is damaged or training diverged"
             )
     rows = {}
     for name, key in keys.rows.items():
         ids = _token_ids(config, name)
         if ids is None or read[key].dim() != 2 or len(ids) != len(read[key]):
-            objections.append(f"the token rows of {_short(name)} don't fit trainable_token_indices")
+            objections.append(f"the token rows of {printable(name)} don't fit trainable_token_indices")
             ids = list(range(len(read[key]))) if read[key].dim() else []
         rows[name] = (ids, read[key])
     whole = {name: read[key] for name, key in keys.whole.items()}
@@ -517,7 +523,7 @@ def _factors(name: str, pair: dict[str, str], read: dict[str, Tensor], layout: s
     """The two tensors in our shapes, alpha still open."""
     embedding, other = ("lora_embedding_" in pair[each] for each in "AB")
     if embedding != other:
-        raise AdapterError(f"{_short(name)} has one factor of an embedding and one of a linear layer")
+        raise AdapterError(f"{printable(name)} has one factor of an embedding and one of a linear layer")
     A, B = read[pair["A"]], read[pair["B"]]
     if layout == "MLX" and A.dim() == B.dim() == 2:
         A, B = A.T, B.T
@@ -526,7 +532,7 @@ def _factors(name: str, pair: dict[str, str], read: dict[str, Tensor], layout: s
         kernel, A, B = tuple(A.shape[2:]), A.flatten(1), B.flatten(1)
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] < 1:
         raise AdapterError(
-            f"{_short(name)}: lora_A must be (r, in) and lora_B (out, r); got {tuple(read[pair['A']].shape)} "
+            f"{printable(name)}: lora_A must be (r, in) and lora_B (out, r); got {tuple(read[pair['A']].shape)} "
             f"and {tuple(read[pair['B']].shape)}"
         )
     rank, experts = config.get("r"), 1
@@ -551,7 +557,7 @@ def _alpha(
     if "alpha" in pair:
         alpha = read[pair["alpha"]]
         if alpha.numel() != 1:
-            raise AdapterError(f"{_short(name)}: alpha must be one number; got shape {tuple(alpha.shape)}")
+            raise AdapterError(f"{printable(name)}: alpha must be one number; got shape {tuple(alpha.shape)}")
         return float(alpha), True
     if "mlx_scale" in config:
         return config["mlx_scale"] * factors.rank, True
@@ -575,12 +581,12 @@ def _patterns(patterns: dict) -> list[tuple[re.Pattern, float]]:
         involved += repeats > 0
         if len(text) > 500 or repeats > 3 or re.search(r"\)[*+{]", bare) or involved > 20:
             raise AdapterError(
-                f"the pattern {_short(text)} is too involved to be matched safely; name the layers"
+                f"the pattern {printable(text)} is too involved to be matched safely; name the layers"
             )
         try:
             compiled.append((re.compile(rf"(.*\.)?({text})$"), value))
         except (re.error, OverflowError, RecursionError) as error:
-            raise AdapterError(f"the pattern {_short(text)} is no regular expression: {error}") from None
+            raise AdapterError(f"the pattern {printable(text)} is no regular expression: {error}") from None
     return compiled
 
 
@@ -592,7 +598,7 @@ def _features(config: dict) -> list[str]:
             continue
         what = NOT_LOADED.get(name) or NOT_PRODUCT.get(name)
         if what or name not in READ:
-            found.append(f"{_short(name)}={_short(value)} isn't supported ({what or 'not known here'})")
+            found.append(f"{printable(name)}={printable(value)} isn't supported ({what or 'not known here'})")
     if (why := _changed_base(config)) is not None:
         found.append(why)
     return found
@@ -611,7 +617,7 @@ def _changed_base(config: dict) -> str | None:
     if any(start is each or (isinstance(start, str) and start == each) for each in HARMLESS_STARTS):
         return None
     return (
-        f"init_lora_weights={_short(start)} isn't supported: it changes the base weights before training. "
+        f"init_lora_weights={printable(start)} isn't supported: it changes the base weights before training. "
         "PEFT can save the adapter as plain LoRA (path_initial_model_for_weight_conversion)"
     )
 
@@ -625,10 +631,3 @@ def _token_ids(config: dict, table: str) -> list[int] | None:
         told = fitting[0] if len(fitting) == 1 else None
     good = isinstance(told, list) and all(type(each) is int and each >= 0 for each in told)
     return told if good else None
-
-
-def _short(value) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    text = "".join(each if each.isprintable() else "?" for each in text)
-    return text if len(text) <= 120 else f"{text[:120]}…"

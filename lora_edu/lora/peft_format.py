@@ -19,9 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter_files import CONFIG, PREFIX, WEIGHTS, Adapter, AdapterError, Factors, _short, read_adapter
+from lora_edu.text import printable
+
+from .adapter_files import CONFIG, PREFIX, WEIGHTS, Adapter, AdapterError, Factors, read_adapter
+from .checks import is_conv1d
 from .inject import lora_layers, replace_layers, unwrap
-from .layers import LoRAEmbedding, LoRALinear, is_conv1d
+from .layers import LoRAEmbedding, LoRALinear
 
 __all__ = ["AdapterError", "Factors", "load_adapter", "read_adapter", "save_adapter"]
 
@@ -190,10 +193,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     if adapter.objections:
         raise AdapterError(adapter.objections[0])
     for name, why in adapter.refused.items():
-        raise AdapterError(f"{_short(name)} isn't supported: {why}")
+        raise AdapterError(f"{printable(name)} isn't supported: {why}")
     for name, factors in adapter.layers.items():
         if factors.bias is not None:
-            raise AdapterError(f"{_short(name)} has a bias in lora_B, which isn't supported")
+            raise AdapterError(f"{printable(name)} has a bias in lora_B, which isn't supported")
     _check_names(model, adapter)
     _check_shapes(model, adapter.layers)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -241,13 +244,13 @@ def _check_names(model: nn.Module, adapter: Adapter) -> None:
     if strangers:
         raise AdapterError(
             f"the adapter is for another model: {len(strangers)} of its {len(adapter.layers)} layers are not in "
-            f"this one, such as {_short(strangers[0])}"
+            f"this one, such as {printable(strangers[0])}"
         )
     targets = adapter.config.get("target_modules")
     if isinstance(targets, str) or adapter.layout != "PEFT":
         return  # a pattern, or all-linear: the tensors say which layers
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise AdapterError(f"target_modules must be a list of names or a pattern; got {_short(targets)}")
+        raise AdapterError(f"target_modules must be a list of names or a pattern; got {printable(targets)}")
     unnamed = [name for name in adapter.layers if not _ends_with(name, targets)]
     if unnamed and not adapter.config.get("ensure_weight_tying"):
         raise AdapterError(f"the file adapts {unnamed[0]}, which target_modules doesn't name: it is damaged")
@@ -303,7 +306,7 @@ def _values_beside(parameters: Mapping[str, Tensor], adapter: Adapter) -> dict[s
     trained = _trained_whole(adapter)
     for name, tensor in adapter.whole.items():
         if name not in parameters:
-            raise AdapterError(f"the file holds {_short(name)}, which the model doesn't have")
+            raise AdapterError(f"the file holds {printable(name)}, which the model doesn't have")
         mine = parameters[name]
         if mine.shape != tensor.shape:
             sizes = " and ".join("×".join(map(str, each)) for each in (tensor.shape, mine.shape))
@@ -325,7 +328,7 @@ def _values_beside(parameters: Mapping[str, Tensor], adapter: Adapter) -> dict[s
             )
     for name, (ids, rows) in adapter.rows.items():
         if name not in parameters:
-            raise AdapterError(f"the file holds rows of {_short(name)}, which the model doesn't have")
+            raise AdapterError(f"the file holds rows of {printable(name)}, which the model doesn't have")
         table = values.get(name, parameters[name].detach()).clone()
         if rows.shape[1:] != table.shape[1:] or max(ids, default=0) >= len(table):
             raise AdapterError(
