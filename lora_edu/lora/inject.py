@@ -173,6 +173,9 @@ def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
         with torch.no_grad():
             for name, original in beside.originals.items():
                 state[name].copy_(original)
+        for name, shared in beside.untied.items():
+            module, _, last = name.rpartition(".")
+            setattr(model.get_submodule(module), last, shared)
     vars(model).pop("resize_token_embeddings", None)
     if "_trainable_before_lora" in vars(model):
         _set_trainable(model, vars(model).pop("_trainable_before_lora"))

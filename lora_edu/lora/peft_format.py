@@ -33,13 +33,14 @@ class Beside(NamedTuple):
     """What an adapter brought into a model besides LoRA, so that it can be saved again and taken out.
 
     whole: parameter → its key in the file; rows: table → (key, token ids); originals: parameter → its value before;
-    settings: what PEFT's configuration says of them.
+    settings: what PEFT's configuration says of them; untied: parameter → the one that it shared with another module.
     """
 
     whole: dict[str, str]
     rows: dict[str, tuple[str, list[int]]]
     originals: dict[str, Tensor]
     settings: dict
+    untied: dict[str, nn.Parameter]
 
 
 # Writing
@@ -75,7 +76,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str | No
                     f"{name}: {kind} has entries that are infinite, NaN or without data; not saved"
                 )
             tensors[f"{PREFIX}{name}.{kind}"] = factor.detach().cpu().contiguous()
-    beside = vars(model).get("_beside_lora", Beside({}, {}, {}, {}))
+    beside = vars(model).get("_beside_lora", Beside({}, {}, {}, {}, {}))
     tensors |= _tensors_beside(model, beside)
     factors = {id(each) for layer in layers.values() for each in (layer.lora_A, layer.lora_B)}
     others = [
@@ -363,15 +364,22 @@ def _put_beside(
     """Give the parameters their values and remember what they were."""
     if not values and not adapter.whole and not adapter.rows:
         return
-    originals = {}
+    originals, untied, trained = {}, {}, _trained_whole(adapter)
     with torch.no_grad():
         for name, value in values.items():
-            originals[name] = parameters[name].detach().clone()
-            parameters[name].copy_(value)
-    trained = _trained_whole(adapter)
-    for name in trained:
-        if isinstance(parameters[name], nn.Parameter):
-            parameters[name].requires_grad_(True)
+            mine = parameters[name]
+            others = [other for other, each in parameters.items() if each is mine and other != name]
+            if name in trained and not set(others) <= set(
+                adapter.whole
+            ):  # PEFT trains a copy of a shared table
+                untied[name] = mine
+                _set_parameter(model, name, nn.Parameter(value.to(mine).clone(), requires_grad=False))
+            else:
+                originals[name] = mine.detach().clone()
+                mine.copy_(value)
+    now = dict(model.named_parameters(remove_duplicate=False))
+    for name in trained & now.keys():
+        now[name].requires_grad_(True)
     keep = ("modules_to_save", "bias", "trainable_token_indices")
     settings = {name: adapter.config[name] for name in keep if adapter.config.get(name) not in (None, "none")}
     taken = {name for name in adapter.whole if name in trained or name in values}
@@ -380,4 +388,10 @@ def _put_beside(
         {name: (adapter.keys[name], ids) for name, (ids, _) in adapter.rows.items()},
         originals,
         settings,
+        untied,
     )
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, last = name.rpartition(".")
+    setattr(model.get_submodule(module), last, parameter)
