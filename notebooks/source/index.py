@@ -17,11 +17,11 @@
 
 # %% tags=["folded", "nbval-ignore-output"]
 import torch
+from lora_edu.data.sweeps import best
 
 from lora_edu import explore
 from lora_edu.data import adapter_folder, load_checkpoint, load_corpus, load_sweeps
 from lora_edu.data.shipped import data_file
-from lora_edu.data.sweeps import best
 from lora_edu.lora import load_adapter
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import evaluate
