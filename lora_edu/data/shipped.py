@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as load_safetensors
 
-from lora_edu.paths import REPOSITORY
+from lora_edu.paths import REPOSITORY, expanded, repository
 
 _BACK = "`git checkout -- data` brings it back, or `make data` makes it anew"
 
 
 def data_folder() -> Path:
     """The folder of the shipped data: the repository's data/, or what LORA_EDU_DATA names."""
-    return Path(os.environ.get("LORA_EDU_DATA") or REPOSITORY / "data")
+    return expanded(os.environ.get("LORA_EDU_DATA") or REPOSITORY / "data")
 
 
 def use_folder(folder: Path) -> None:
@@ -37,6 +37,8 @@ def manifest(folder: Path | None = None) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.is_relative_to(REPOSITORY):
+            repository()  # says so where the package was installed without it
         raise FileNotFoundError(f"{path} is missing: {_BACK}; LORA_EDU_DATA names another folder") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {_BACK}") from None

@@ -3,7 +3,6 @@
 Which runs there are is sweeps.py's. The training loop is training.py's, the methods are lora/'s and tuning/'s.
 """
 
-import difflib
 import json
 import math
 import statistics
@@ -24,6 +23,7 @@ from lora_edu.data import corpus, shipped
 from lora_edu.data.runs import BATCH, RANKS, SETTINGS, name_of
 from lora_edu.lora import add_lora, lora_layers, trainable_parameters
 from lora_edu.paths import write_atomically
+from lora_edu.text import nearest
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, History, disjoint_windows, evaluate, fit
 from lora_edu.tuning import frozen_A, subspace
@@ -307,7 +307,7 @@ def check(rows: list[dict], names: Iterable[str], folder: Path) -> Iterator[tupl
     recorded = {row["name"]: row for row in rows}
     for name in names:
         if name not in recorded:
-            close = difflib.get_close_matches(name, recorded, n=3, cutoff=0)
+            close = nearest(name, recorded, cutoff=0)
             raise ValueError(f"no row is named {name!r}; close to it: {', '.join(map(repr, close))}")
     allowed = tolerance(rows)
     for name in names:

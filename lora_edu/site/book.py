@@ -23,7 +23,7 @@ from nbformat.v4 import new_markdown_cell
 
 from lora_edu import notebooks
 from lora_edu.notebooks import Edition
-from lora_edu.paths import REPOSITORY, write_atomically
+from lora_edu.paths import REPOSITORY, repository, write_atomically
 from lora_edu.site import pages
 
 TARGET = REPOSITORY / "build" / "site"
@@ -270,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     began = time.perf_counter()
     try:
+        repository()
         sizes = build(alive=set(chosen.names) or None, jobs=chosen.jobs)
     except (FileNotFoundError, ValueError) as error:
         print(f"the site was not built: {error}", file=sys.stderr)
