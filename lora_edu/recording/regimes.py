@@ -1,7 +1,7 @@
-"""The map of regimes: full tuning of TinyLM over rates and steps, on a far task and a near one.
+"""The map of regimes: full tuning of TinyLM over rates and steps, on a far task and a near one; LoRA beside it.
 
 Each run has its own schedule and its own ΔW, whose spectra and the losses of its cuts are written down: what each rank
-keeps. One gentle ΔW ships. The reader of the rows is `lora_edu.data.runs.load_regimes`.
+keeps. One gentle ΔW ships. The reader of the rows is `lora_edu.data.load_regimes`.
 """
 
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
@@ -71,34 +70,31 @@ def name_of(run: Mapping) -> str:
 
 @cache
 def texts(task: str) -> dict[str, Tensor]:
-    """far: code → numpy's and matplotlib's docstrings. near: a model of numpy's docstrings → matplotlib's.
+    """far: code → docstrings. near: a model tuned to docstrings → docstrings of files that it has not seen.
 
-    "held out" is what losses are measured on: 30 windows of 256 tokens, spread evenly over the test split
-    (far) or over validation and test together (near, where each of them is small).
+    "held out" is what losses are measured on: 30 windows of 256 tokens, spread evenly over the test split (far), or
+    over every fourth piece of 2048 tokens of validation and test together, whose other pieces are the near task's text.
     """
+    text = corpus.load_corpus("reference")
     if task == "far":
-        text = corpus.load_corpus("reference")
         return {"train": text.train, "held out": _windows(text.test)}
-    text = corpus.load_package("matplotlib")
-    return {"train": text["train"], "held out": _windows(torch.cat([text["validation"], text["test"]]))}
+    unseen = torch.cat([text.validation, text.test])
+    pieces = unseen[: len(unseen) // 2048 * 2048].view(-1, 2048)
+    fourth = torch.arange(len(pieces)) % 4 == 3
+    return {"train": pieces[~fourth].flatten(), "held out": _windows(pieces[fourth].flatten())}
 
 
 def _windows(tokens: Tensor, number: int = 30) -> Tensor:
     return tokens.unfold(0, 256, len(tokens) // number)[:number].flatten()
 
 
-def start(task: str, folder: Path) -> dict[str, Tensor]:
-    """The weights before tuning; those of the near task are made once: the base tuned to numpy's docstrings."""
+def start(task: str) -> dict[str, Tensor]:
+    """The weights before tuning: the base (far), or the base with the shipped ΔW of seed 0 merged (near)."""
     base = shipped.load_checkpoint("base")
     if task == "far":
         return base
-    path = folder / "near start.safetensors"
-    if not path.is_file():
-        model = TinyLM.from_state_dict(base)
-        _fit(model, corpus.load_package("numpy")["train"], 3e-3, 200, 0, folder / "near start.run")
-        half = {name: each.detach().half() for name, each in model.state_dict().items()}
-        write_atomically(path, save_safetensors(half))
-    return {name: each.float() for name, each in sorted(load_safetensors(path.read_bytes()).items())}
+    delta = shipped.load_checkpoint("reference_seed_0")
+    return {name: W + delta[name] for name, W in base.items()}
 
 
 # ---- one run -------------------------------------------------------------------------------------------------
@@ -109,7 +105,7 @@ def record(run: Mapping, folder: Path) -> dict:
     path = folder / f"{name_of(run)}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    before = start(run["task"], folder)
+    before = start(run["task"])
     model = TinyLM.from_state_dict(before)
     text = texts(run["task"])
     groups = None
