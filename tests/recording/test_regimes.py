@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 
-from lora_edu.data import corpus, load_checkpoint, load_regimes, shipped
+from lora_edu.data import load_checkpoint, load_regimes, shipped
 from lora_edu.recording import regimes
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import evaluate
 
-TEXT = torch.arange(3 * 256).remainder(50)
+TEXT = torch.arange(4 * 256).remainder(50)
 
 
 @pytest.fixture(scope="module")
 def before():
     torch.manual_seed(0)
-    return {name: W.clone() for name, W in TinyLM(layers=1).state_dict().items()}
+    return {name: W.clone() for name, W in TinyLM(vocabulary=200, layers=1).state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +67,16 @@ def test_a_spectrum_says_how_large_how_spread_and_where(before, update, found):
     assert spectra["all"]["size"] == pytest.approx(float(whole[0] / whole[1]), rel=0.01)
 
 
-def test_both_tasks_are_measured_on_thirty_windows_that_nothing_was_trained_on():
-    text = corpus.load_corpus("reference")
-    for task in ("far", "near"):
+def test_both_tasks_are_measured_on_thirty_windows_apart_from_what_they_train_on():
+    mark = lambda windows: (windows * torch.arange(1, 33) ** 9).sum(-1)  # as good as the 32 tokens themselves
+    for task, most in (
+        ("far", 0.02),
+        ("near", 0.10),
+    ):  # docstrings repeat one another: near has no passages cut
         train, held_out = (regimes.texts(task)[part] for part in ("train", "held out"))
         assert len(held_out) == 30 * 256
-        trained = {tuple(window) for window in train.unfold(0, 32, 1).tolist()}
-        seen = sum(tuple(window) in trained for window in held_out.view(-1, 32).tolist())
-        assert seen <= 0.05 * len(held_out) / 32, (task, seen)
-    assert len(regimes.texts("near")["train"]) < len(text.validation) + len(text.test)
+        seen = torch.isin(mark(held_out.view(-1, 32)), mark(train.unfold(0, 32, 1)))
+        assert seen.double().mean() <= most, (task, seen.double().mean())
     base = load_checkpoint("base")
     assert all(torch.equal(W, base[name]) for name, W in regimes.start("far").items())
     tuned = TinyLM.from_state_dict(regimes.start("near"))
