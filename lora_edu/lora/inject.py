@@ -46,7 +46,7 @@ def add_lora(
     An embedding whose table is also the head's (tied) is refused: with LoRA on one of the two, input and
     output would use different tables, and no single table could hold the merged one. `tied="separate"`
     accepts that: the other keeps W, whether merged or not. A tied layer that only a type or "all-linear" matches
-    is left out, with a warning, where that target has others.
+    is left out, with a warning, where others are left.
 
     Raises ValueError or TypeError that names the layer and the reason; the model is then unchanged.
     """
@@ -89,9 +89,8 @@ def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> 
                 built[id(layer)] = build(name, layer)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from None
-            if tied_to(
-                model, name
-            ):  # its own Parameter on the same memory: merging then leaves the other alone
+            # Its own Parameter on the same memory, so that merging leaves the other alone.
+            if tied_to(model, name):
                 built[id(layer)].weight = nn.Parameter(layer.weight.data, requires_grad=False)
     except BaseException:
         _set_trainable(model, trainable)
@@ -237,7 +236,7 @@ def _without_tied(model: nn.Module, found: dict[str, Target], targets: list[Targ
 
     tied = [name for name in found if left_out(name)]
     kept = {name: target for name, target in found.items() if name not in tied}
-    if not tied or set(kept.values()) != set(found.values()):
+    if not tied or not kept:
         return found
     others = dict.fromkeys(other for name in tied for other in tied_to(model, name))
     warnings.warn(

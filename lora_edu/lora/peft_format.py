@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_edu.paths import expanded
 from lora_edu.text import printable
 
 from .checks import check_alpha, check_dropout, is_conv1d
@@ -120,7 +121,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str | No
     expressed in the format (it has one `use_rslora` for all). Warns of other trained parameters: they are not
     saved.
     """
-    model, folder = unwrap(model), Path(folder)
+    model, folder = unwrap(model), expanded(folder)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     layers = lora_layers(model)
@@ -270,7 +271,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
     """An adapter's folder, checked; with a model, also against that, before any tensor is read."""
-    folder = Path(folder)
+    folder = expanded(folder)
     config = _read_config(folder)
     _refuse_features(config)
     weights = _file(folder, WEIGHTS)

@@ -14,9 +14,8 @@ from lora_edu.lora import add_lora, load_adapter, lora_layers, merge_lora, remov
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # PEFT's own: fan_in_fan_out, saved embeddings, tied weights
+# PEFT's own warnings: fan_in_fan_out, saved embeddings, tied weights.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 

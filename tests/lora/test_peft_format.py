@@ -91,6 +91,16 @@ def test_round_trip_is_exact(tmp_path_factory, targets, rank, alpha, rank_stabil
     assert sorted(each.name for each in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """In a notebook no shell puts it in."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert save_adapter(tuned(), "~/mine") == tmp_path / "mine"
+    load_adapter(tiny(), "~/mine")
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "nothing"))):
+        load_adapter(tiny(), "~/nothing")
+
+
 def test_loaded_model_trains_and_lets_go(folder):
     model = tiny()
     before = portrait(model)
