@@ -88,11 +88,9 @@ def constants_of(stage: str) -> str:
 
     A stage of the sweeps has none of its own: it is done when every run that it asks for is there.
     """
-    made_with = [
-        (name, CONSTANTS[name])
-        for name in STAGES
-        if name in CONSTANTS and name in {"base", stage, *NEEDS.get(stage, ())} and stage != "tokenizer"
-    ]
+    of_base = () if stage in ("tokenizer", "published") else ("base",)
+    needed = {*of_base, stage, *NEEDS.get(stage, ())}
+    made_with = [(name, constants) for name, constants in CONSTANTS.items() if name in needed]
     return _stamp(made_with)
 
 
