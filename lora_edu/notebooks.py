@@ -21,7 +21,7 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lora_edu.paths import REPOSITORY, write_atomically
+from lora_edu.paths import REPOSITORY, repository, write_atomically
 
 FOLDER = REPOSITORY / "notebooks"
 TAGS = {"setup", "exercise", "solution", "nbval-ignore-output"}
@@ -246,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     wrong = []
     try:
+        repository()
         for name in chosen.names or names():
             if chosen.action == "build":
                 build(name)

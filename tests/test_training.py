@@ -2,23 +2,17 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch.nn import functional as F
 
-from lora_edu.lora import add_lora, trainable_parameters
-from lora_edu.lora.inject import lora_layers
+from lora_edu.loss import next_token_loss
 from lora_edu.tinylm import TinyLM
-from lora_edu.training import Batches, HeadLoss, evaluate, fit, next_token_loss, warm_then_linear
+from lora_edu.training import Batches, evaluate, fit, warm_then_linear
 
 
 def small(seed=0):
@@ -33,64 +27,6 @@ def adam(model, rate=1e-2):
 @pytest.fixture(scope="module")
 def tokens():
     return torch.arange(2000) * 7 % 40  # each token follows from the one before
-
-
-@given(st.integers(1, 600), st.integers(2, 30), st.integers(1, 8), st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_the_sliced_head_loss_is_cross_entropy_with_its_gradients(count, vocabulary, width, frozen):
-    torch.manual_seed(count)
-    hidden = torch.randn(count, width, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(vocabulary, width, dtype=torch.float64, requires_grad=not frozen)
-    targets = torch.randint(vocabulary, (count,))
-    ours = HeadLoss.apply(hidden, weight, targets, None, None)
-    plain = F.cross_entropy(hidden @ weight.T, targets)
-    assert torch.allclose(ours, plain)
-    wanted = [hidden] if frozen else [hidden, weight]
-    for one, other in zip(
-        torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * plain, wanted), strict=True
-    ):
-        assert torch.allclose(one, other)
-
-
-def test_the_loss_through_the_head_is_the_loss_of_the_logits(tokens):
-    model = small()
-    inputs, targets = Batches(tokens, batch=4, context=16)(0)
-    plain = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    assert torch.allclose(next_token_loss(model, inputs, targets), plain)
-
-
-@given(st.integers(1, 600), st.integers(1, 4), st.booleans(), st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_lora_in_the_head_has_the_gradients_of_the_formed_table(count, rank, frozen, frozen_A):
-    torch.manual_seed(count)
-    double = {"dtype": torch.float64}
-    hidden = torch.randn(count, 6, **double, requires_grad=True)
-    weight = torch.randn(9, 6, **double, requires_grad=not frozen)
-    lora_A = torch.randn(rank, 6, **double, requires_grad=not frozen_A)
-    lora_B = torch.randn(9, rank, **double, requires_grad=True)
-    targets = torch.randint(9, (count,))
-    ours = HeadLoss.apply(hidden, weight, targets, 0.5 * hidden @ lora_A.T, lora_B)
-    plain = F.cross_entropy(hidden @ (weight + 0.5 * lora_B @ lora_A).T, targets)
-    assert torch.allclose(ours, plain)
-    wanted = [each for each in (hidden, weight, lora_A, lora_B) if each.requires_grad]
-    for one, other in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(plain, wanted), strict=True):
-        assert torch.allclose(one, other)
-
-
-def test_every_lora_layer_of_a_model_gets_the_gradient_of_the_plain_loss(tokens):
-    model = add_lora(small(), rank=3, alpha=6, targets=["embedding", "head", "query", "down"])
-    for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_A)
-        torch.nn.init.normal_(layer.lora_B)
-    inputs, targets = Batches(tokens, batch=4, context=16)(0)
-    trained = trainable_parameters(model)
-    plain = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    ours = next_token_loss(model, inputs, targets)
-    assert torch.allclose(ours, plain)
-    for one, other in zip(
-        torch.autograd.grad(ours, trained), torch.autograd.grad(plain, trained), strict=True
-    ):
-        assert other.norm() > 0 and torch.allclose(one, other, atol=1e-6)
 
 
 def test_the_history_has_norms_by_group_and_peak_memory(tokens):
@@ -138,44 +74,6 @@ def test_a_full_gpu_is_said_with_the_step_and_a_way_out(tokens):
 
     with pytest.raises(torch.OutOfMemoryError, match=r"step 0: .*20 GiB.*smaller batch"):
         fit(model, Batches(tokens, batch=4, context=16), adam(model), 5, loss=full, progress=False)
-
-
-TWO = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-from lora_edu.lora import add_lora, trainable_parameters
-from lora_edu.lora.inject import lora_layers
-from lora_edu.tinylm import TinyLM
-from lora_edu.training import Batches, evaluate, fit
-torch.manual_seed(0)
-model = TinyLM(vocabulary=40, width=20, layers=1, heads=5, context=16)
-if sys.argv[2] == "lora":
-    add_lora(model, rank=2, alpha=4, targets=["embedding", "head", "query"])
-tokens = torch.arange(2000) * 7 % 40
-optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-2)
-history = fit(model, Batches(tokens, batch=4, context=16), optimizer, 12, evaluate_every=4, patience=9,
-    held_out=lambda m: evaluate(m, tokens[:200], context=16), checkpoint=Path(sys.argv[1] + ".run"), progress=False)
-assert history.tokens == 12 * 64 and len(history.held_out) == 3
-import os
-save_file(dict(model.state_dict()), sys.argv[1] + os.environ.get("RANK", ""))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_processes_under_torchrun_train_as_one(tmp_path, method):
-    script = tmp_path / "train.py"
-    script.write_text(TWO, encoding="utf-8")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for command, out in (([sys.executable], "one"), (run, "two")):
-        arguments = [*command, str(script), str(tmp_path / out), method]
-        subprocess.run(arguments, check=True, timeout=300, env=environment, capture_output=True)
-    one, *two = (load_file(tmp_path / name) for name in ("one", "two0", "two1"))
-    for name, value in one.items():
-        assert torch.equal(two[0][name], two[1][name])
-        assert torch.allclose(value, two[0][name], atol=1e-5), name
 
 
 def test_batches_are_windows_of_the_text_and_an_epoch_sees_each_once(tokens):

@@ -96,6 +96,30 @@ def load_tokenizer(path: Path | None = None) -> Tokenizer:
     return Tokenizer.from_file(str(path or data_file("tokenizer.json")))
 
 
+def load_package(package: str) -> dict[str, torch.Tensor]:
+    """Split → token ids of one package's part of the reference text: "numpy" or "matplotlib".
+
+    The splits are those of the whole; what is held out shares no run of 13 words with any training text.
+    Raises ValueError for another name.
+    """
+    if package not in ("numpy", "matplotlib"):
+        raise ValueError(f'the reference text is of "numpy" and "matplotlib"; got {package!r}')
+    seen = np.unique(np.concatenate([_runs(_words(t)) for name in NAMES for t in split_texts(name)["train"]]))
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for key, text in read_documents("reference"):
+        if key.startswith(f"{package}/"):
+            split = _split_of(key.partition("#")[0], *_SHARES["reference"])
+            texts[split] += [text] if split == "train" else _cut(text, seen)[0]
+    tokenizer = load_tokenizer()
+    end = tokenizer.token_to_id(END)
+    return {
+        split: torch.tensor(
+            [i for e in tokenizer.encode_batch(each, add_special_tokens=False) for i in (*e.ids, end)]
+        )
+        for split, each in texts.items()
+    }
+
+
 def split_texts(name: str) -> dict[str, list[str]]:
     """Split → texts, before the leak is mended: whole documents, split by file or group."""
     documents = read_documents(name)

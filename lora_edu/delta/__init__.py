@@ -5,7 +5,6 @@ The command line alone: what is read is in files.py, the figures in measure.py, 
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora_edu.delta.compare import Comparison, compare
-from lora_edu.delta.files import CheckpointError, open_checkpoint, printable
+from lora_edu.delta.files import CheckpointError, open_checkpoint
 from lora_edu.delta.measure import Figures
 from lora_edu.lora.peft_format import AdapterError
-from lora_edu.paths import write_atomically
+from lora_edu.paths import expanded, write_atomically
+from lora_edu.text import printable
 
 __all__ = ["CheckpointError", "Comparison", "Figures", "compare", "main", "open_checkpoint"]
 
@@ -28,10 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (CheckpointError, AdapterError, OSError) as error:
+    except (CheckpointError, AdapterError) as error:
         print(f"lora-edu delta: {error}", file=sys.stderr)
         return BAD_INPUT
 
@@ -56,9 +53,9 @@ def _run(options: argparse.Namespace) -> int:
 
     made = json.dumps(report.record(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if options.json and options.json != "-":
-        write_atomically(Path(options.json), made.encode("utf-8", "backslashreplace"))
+        write_atomically(expanded(options.json), made.encode("utf-8", "backslashreplace"))
     if options.plot:
-        write_atomically(Path(options.plot), report.picture(found))
+        write_atomically(expanded(options.plot), report.picture(found))
     print(
         made if options.json == "-" else report.text(found, report.terminal_width(sys.stdout)),
         end="",
@@ -94,12 +91,12 @@ def _check_output(name: str | None, options: argparse.Namespace) -> None:
     """Before an hour of work: the folder is there, and the file is none of those that are read."""
     if name is None or name == "-":
         return
-    path = Path(name)
+    path = expanded(name)
     if path.is_dir() or not path.parent.is_dir():
         raise CheckpointError(
             f"{name} can't be written: {'it is a folder' if path.is_dir() else 'no such folder'}"
         )
-    for read in map(Path, (options.before, options.after)):
+    for read in map(expanded, (options.before, options.after)):
         if path.exists() and any(other.exists() and path.samefile(other) for other in (read, *_files(read))):
             raise CheckpointError(f"{name} is read, so it is not written over: give another name")
 

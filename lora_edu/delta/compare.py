@@ -13,10 +13,11 @@ from lora_edu.delta.files import (
     Stored,
     is_adapter,
     open_checkpoint,
-    printable,
 )
 from lora_edu.delta.measure import Figures, measure, measure_adapter
 from lora_edu.lora.peft_format import read_adapter
+from lora_edu.paths import expanded
+from lora_edu.text import printable
 
 LEAST_ROOM = 2**24  # bytes: a checkpoint of small matrices need not do with less
 
@@ -46,10 +47,10 @@ def compare(
     progress: wraps the list of pairs that is walked through, as tqdm does.
     Raises CheckpointError, or AdapterError, with one line for what can't be read.
     """
-    base = _weights(Path(before))
-    if is_adapter(Path(after)) and not (Path(after) / "model.safetensors").exists():
-        return _with_adapter(base, Path(after), progress)
-    tuned = _weights(Path(after))
+    base, tuned_path = _weights(expanded(before)), expanded(after)
+    if is_adapter(tuned_path) and not (tuned_path / "model.safetensors").exists():
+        return _with_adapter(base, tuned_path, progress)
+    tuned = _weights(tuned_path)
     names, notes = _paired(base, tuned)
     found = Comparison(str(before), str(after), {}, [], [], {}, {}, notes)
     found.only_before.extend(name for name in base.tensors if name not in names)

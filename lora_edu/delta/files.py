@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_edu.text import printable
+
 WEIGHTS = "model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library; a thousand tensors take about 100 kB
 BLOCK = 2**18  # entries read at once: a megabyte in float32
@@ -65,13 +67,6 @@ class Checkpoint(NamedTuple):
     path: Path
     tensors: dict[str, Stored]
     notes: list[str]
-
-
-def printable(value: object, most: int = 120) -> str:
-    """A name out of a file, safe to print: no control characters, not endless."""
-    text = "".join(each if each.isprintable() else "?" for each in str(value))
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def is_adapter(path: Path) -> bool:

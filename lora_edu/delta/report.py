@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from lora_edu import plots
 from lora_edu.delta.compare import Comparison, by_kind, kind, together
-from lora_edu.delta.files import printable
 from lora_edu.delta.measure import MARKABLE, Figures
+from lora_edu.text import printable
 
 RANKS = ("rank_50", "rank_90", "rank_99")
 COLUMNS = (  # heading, width

@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_edu import plots
 from lora_edu.counting import spaced
 from lora_edu.explore.explorer import Explorer
+from lora_edu.text import format_bytes
 
 
 def first_step(
@@ -93,7 +94,8 @@ def bytes_moved() -> Explorer:
     def draw(figure: Figure, vocabulary: int, tokens: int) -> str:
         axes = figure.subplots()
         moved = traffic(vocabulary, tokens)
-        plots.log_bars(axes, list(moved), list(moved.values()), colours, list(map(short, moved.values())))
+        said = {name: format_bytes(number) for name, number in moved.items()}
+        plots.log_bars(axes, list(moved), list(moved.values()), colours, list(said.values()))
         axes.set(xlim=(1e4, 3e10), xlabel="bytes read and written in a step")
         axes.set_xticks([1e4, 1e6, 1e8, 1e10], ["10 kB", "1 MB", "100 MB", "10 GB"])
         least = moved["minimum"]
@@ -101,8 +103,8 @@ def bytes_moved() -> Explorer:
         axes.set_title(f"loralib and PEFT move {peer:.3g} times the minimum, a sparse gradient {sparse:.2g}")
         return (
             f"With {spaced(vocabulary)} tokens in the vocabulary and {spaced(tokens)} in the batch (d = 64, "
-            f"r = 8) loralib and PEFT move {short(moved['loralib'])} a step, ours {short(moved['ours'])}, "
-            f"with a sparse gradient {short(moved['ours, sparse'])}; {short(least)} would do."
+            f"r = 8) loralib and PEFT move {said['loralib']} a step, ours {said['ours']}, "
+            f"with a sparse gradient {said['ours, sparse']}; {format_bytes(least)} would do."
         )
 
     return Explorer(
@@ -172,11 +174,3 @@ def roofline(tokens: int = 65_536, width: int = 4096) -> Explorer:
     return Explorer(
         draw, {"card": list(CARDS), "r": [4, 8, 16, 64, 256]}, start={"card": "H100 SXM", "r": 16}
     )
-
-
-def short(number: float) -> str:
-    """Bytes to three digits: 4.21 MB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e3:.3g} kB"

@@ -20,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_edu.text import printable
+
+from .checks import check_alpha, check_dropout, is_conv1d
 from .functional import delta
 from .inject import lora_layers, replace_layers, unwrap
-from .layers import LoRAEmbedding, LoRALinear, check_alpha, check_dropout, is_conv1d
+from .layers import LoRAEmbedding, LoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
@@ -278,7 +281,7 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
             for key, each in stored.items():
                 if each.get_dtype() not in DTYPES:
                     raise AdapterError(
-                        f"{_short(key)} must be in {', '.join(DTYPES)}; got {each.get_dtype()}"
+                        f"{printable(key)} must be in {', '.join(DTYPES)}; got {each.get_dtype()}"
                     )
             pairs, rest = _pairs(shapes)
             if model is not None:
@@ -290,11 +293,11 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
     except AdapterError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{WEIGHTS} is damaged or truncated: {_short(str(error))}") from None
+        raise AdapterError(f"{WEIGHTS} is damaged or truncated: {printable(str(error))}") from None
     for key, tensor in read.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(
-                f"{_short(key)} has entries that are infinite or NaN: the file is damaged or training diverged"
+                f"{printable(key)} has entries that are infinite or NaN: the file is damaged or training diverged"
             )
     layers = {
         name: Factors(
@@ -345,7 +348,7 @@ def _read_config(folder: Path) -> dict:
 def _refuse_features(config: dict) -> None:
     """Raise AdapterError for whatever a LoRA layer here would not compute, by its name in PEFT."""
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type must be LORA; this adapter is {_short(config.get('peft_type'))}")
+        raise AdapterError(f"peft_type must be LORA; this adapter is {printable(config.get('peft_type'))}")
     _expect(
         config,
         "r",
@@ -361,27 +364,27 @@ def _refuse_features(config: dict) -> None:
         for alpha in (config.get("alpha_pattern") or {}).values():
             check_alpha(alpha)
     except (ValueError, OverflowError) as error:
-        raise AdapterError(f"{CONFIG}: {_short(str(error))}") from None
+        raise AdapterError(f"{CONFIG}: {printable(str(error))}") from None
     if config.get("bias", "none") != "none":
         raise AdapterError(
-            f"bias={_short(config['bias'])} (biases trained beside LoRA) isn't supported; only none is"
+            f"bias={printable(config['bias'])} (biases trained beside LoRA) isn't supported; only none is"
         )
     start = config.get("init_lora_weights")
     if not any(start is each or (isinstance(start, str) and start == each) for each in HARMLESS_STARTS):
         raise AdapterError(
-            f"init_lora_weights={_short(start)} isn't supported: it changes the base weights before "
+            f"init_lora_weights={printable(start)} isn't supported: it changes the base weights before "
             "training. PEFT can save the adapter as plain LoRA (path_initial_model_for_weight_conversion)"
         )
     for name, value in config.items():
         if name not in READ | WITHOUT_EFFECT and value not in (None, False, "", [], {}):
             what = REFUSED.get(name, "not known here")
-            raise AdapterError(f"{_short(name)}={_short(value)} isn't supported ({what})")
+            raise AdapterError(f"{printable(name)}={printable(value)} isn't supported ({what})")
 
 
 def _expect(config: dict, name: str, holds, rule: str, default=None) -> None:
     value = config.get(name, default)
     if not holds(value):
-        raise AdapterError(f"{CONFIG}: {name} must be {rule}; got {_short(value)}")
+        raise AdapterError(f"{CONFIG}: {name} must be {rule}; got {printable(value)}")
 
 
 def _pairs(shapes: Mapping[str, tuple]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -390,15 +393,19 @@ def _pairs(shapes: Mapping[str, tuple]) -> tuple[dict[str, dict[str, str]], dict
     rest = {}
     for key in shapes:
         if not key.startswith(PREFIX) or len(key) > 300:
-            raise AdapterError(f"a tensor's name must start with {PREFIX} and be short; got {_short(key)}")
+            raise AdapterError(f"a tensor's name must start with {PREFIX} and be short; got {printable(key)}")
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", key[len(PREFIX) :], re.DOTALL)
         if match and bool(match[2]) != bool(match[4]):
             pair = pairs.setdefault(match[1], {})
             if match[3] in pair:
-                raise AdapterError(f"{_short(match[1])} has lora_{match[3]} twice, also as {_short(key)}")
+                raise AdapterError(
+                    f"{printable(match[1])} has lora_{match[3]} twice, also as {printable(key)}"
+                )
             pair[match[3]] = key
         elif any(part in key for part in ("lora_", "modules_to_save", "trainable_tokens", "token_adapter")):
-            raise AdapterError(f"the tensor {_short(key)} belongs to a kind of adapter that isn't supported")
+            raise AdapterError(
+                f"the tensor {printable(key)} belongs to a kind of adapter that isn't supported"
+            )
         else:
             rest[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = key
     if not pairs:
@@ -412,17 +419,19 @@ def _places(config: dict, shapes: Mapping[str, tuple], pairs: dict[str, dict[str
     places = {}
     for name, keys in pairs.items():
         if set(keys) != {"A", "B"}:
-            raise AdapterError(f"{_short(name)} has lora_{next(iter(keys))} alone: the file is incomplete")
+            raise AdapterError(f"{printable(name)} has lora_{next(iter(keys))} alone: the file is incomplete")
         embedding, other = (keys[each].endswith(f"lora_embedding_{each}") for each in "AB")
         if embedding != other:
-            raise AdapterError(f"{_short(name)} has one factor of an embedding and one of a linear layer")
+            raise AdapterError(f"{printable(name)} has one factor of an embedding and one of a linear layer")
         A, B = shapes[keys["A"]], shapes[keys["B"]]
         if len(A) != 2 or len(B) != 2 or A[0] != B[1] or A[0] < 1:
-            raise AdapterError(f"{_short(name)}: lora_A must be (r, in) and lora_B (out, r); got {A} and {B}")
+            raise AdapterError(
+                f"{printable(name)}: lora_A must be (r, in) and lora_B (out, r); got {A} and {B}"
+            )
         rank = _by_pattern(ranks, name, config["r"])
         if rank != A[0]:
             raise AdapterError(
-                f"{_short(name)} has rank {A[0]}, but {CONFIG} says {_short(rank)}: the files don't match"
+                f"{printable(name)} has rank {A[0]}, but {CONFIG} says {printable(rank)}: the files don't match"
             )
         rows, columns = (A[1], B[0]) if embedding else (B[0], A[1])
         alpha = _by_pattern(alphas, name, config["lora_alpha"])
@@ -439,12 +448,12 @@ def _patterns(patterns: dict) -> list[tuple[re.Pattern, object]]:
         involved += repeats > 0
         if len(text) > 500 or repeats > 2 or re.search(r"\)[*+?{]", bare) or involved > 20:
             raise AdapterError(
-                f"the pattern {_short(text)} is too involved to be matched safely; name the layers"
+                f"the pattern {printable(text)} is too involved to be matched safely; name the layers"
             )
         try:
             compiled.append((re.compile(rf"(.*\.)?({text})$"), value))
         except (re.error, OverflowError, RecursionError) as error:
-            raise AdapterError(f"the pattern {_short(text)} is no regular expression: {error}") from None
+            raise AdapterError(f"the pattern {printable(text)} is no regular expression: {error}") from None
     return compiled
 
 
@@ -460,13 +469,13 @@ def _check_names(model: nn.Module, config: dict, pairs: Mapping) -> None:
     if strangers:
         raise AdapterError(
             f"the adapter is for another model: {len(strangers)} of its {len(pairs)} layers are not in this "
-            f"one, such as {_short(strangers[0])}"
+            f"one, such as {printable(strangers[0])}"
         )
     targets = config.get("target_modules")
     if isinstance(targets, str):
         return  # a pattern, or all-linear: the tensors say which layers
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise AdapterError(f"target_modules must be a list of names or a pattern; got {_short(targets)}")
+        raise AdapterError(f"target_modules must be a list of names or a pattern; got {printable(targets)}")
     narrowed = any(config.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern"))
     for name, layer in model.named_modules():
         named = _ends_with(name, targets)
@@ -502,17 +511,10 @@ def _check_base(model: nn.Module, base_weights: dict[str, Tensor]) -> None:
     )
     for name, tensor in base_weights.items():
         if name not in mine:
-            raise AdapterError(f"the file holds {_short(name)}, which the model doesn't have")
+            raise AdapterError(f"the file holds {printable(name)}, which the model doesn't have")
         same = mine[name].shape == tensor.shape
         if not same or not (mine[name].is_meta or torch.equal(tensor.to(mine[name]), mine[name].detach())):
             raise AdapterError(
                 f"the file holds its own {name}, other than the model's: the base was changed or resized in "
                 "training, so that LoRA alone doesn't give what was trained"
             )
-
-
-def _short(value) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    text = "".join(each if each.isprintable() else "?" for each in text)
-    return text if len(text) <= 120 else f"{text[:120]}…"

@@ -1,1 +1,1 @@
-"""What makes the recorded data that ships: stages, runs and their analysis. `lora_edu.data` only reads it."""
+"""Makes what ships in data/: trains, tunes, measures and writes rows down. Readers of the course never need it."""

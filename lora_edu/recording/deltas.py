@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from lora_edu import lowrank
 from lora_edu.data import load_checkpoint, load_corpus
+from lora_edu.loss import next_token_loss
 from lora_edu.tinylm import TinyLM
-from lora_edu.training import Batches, fit, next_token_loss
+from lora_edu.training import Batches, fit
 
 RATE, STEPS, BATCH = 6e-3, 100, 8  # of 256 tokens
 SIZES = (1, 2, 4, 8, 16, 32)

@@ -23,8 +23,8 @@ import torch
 
 from lora_edu import counting, doctor, exercises, explore, plots
 from lora_edu.data import adapter_folder, load_checkpoint, load_corpus, load_sweeps
+from lora_edu.data.runs import best
 from lora_edu.data.shipped import data_file
-from lora_edu.data.sweeps import best
 from lora_edu.lora import load_adapter, merge_lora, remove_lora
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import evaluate

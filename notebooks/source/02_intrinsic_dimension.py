@@ -28,7 +28,7 @@ from IPython.display import clear_output
 
 from lora_edu import exercises, explore, lowrank
 from lora_edu.data import load_base_losses, load_checkpoint, load_corpus, load_sweeps
-from lora_edu.data.sweeps import around, by_dimension, levels
+from lora_edu.data.runs import around, by_dimension, levels
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit, next_token_loss
 from lora_edu.tuning import adjoint, project, sparse_projection, subspace

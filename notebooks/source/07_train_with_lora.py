@@ -35,8 +35,7 @@ from lora_edu.data import (
     load_corpus,
     load_sweeps,
 )
-from lora_edu.data.analysis import tuned_runs, usual_runs
-from lora_edu.data.sweeps import by_dimension, levels
+from lora_edu.data.runs import by_dimension, levels, tuned_runs, usual_runs
 from lora_edu.explore.train_with_lora import at_level
 from lora_edu.lora import add_lora, load_adapter, lora_layers
 from lora_edu.tinylm import TinyLM

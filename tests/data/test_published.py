@@ -11,8 +11,9 @@ import zipfile
 import pytest
 import torch
 
-from lora_edu.data import make, published, shipped
+from lora_edu.data import published, shipped
 from lora_edu.data.published import Package, PublishedError
+from lora_edu.recording import make
 
 pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this Python has no pip")
 

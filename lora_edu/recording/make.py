@@ -25,11 +25,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_edu.data import analysis, corpus, ngrams, published, shipped, sweeps
+from lora_edu.data import corpus, published, shipped
+from lora_edu.data.runs import name_of
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, user_folder, write_atomically, write_json
-from lora_edu.recording import deltas
+from lora_edu.recording import analysis, deltas, ngrams, regimes, sweeps
 from lora_edu.recording import published as published_figures
+from lora_edu.recording.run import TARGETS, base_losses, divergence_from, record_all, tolerance
+from lora_edu.recording.run import check as run_again
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
 
@@ -49,13 +52,38 @@ STAGES = (
     *sweeps.STAGES,
     "analysis",
     "adapters",
+    "regimes",
     "published",
+    "deltas",
 )
 CHECKED = (  # what `--check` runs again unless told otherwise
     "lora rank=1 rate=0.012 targets=blocks steps=8",
     "lora rank=8 rate=0.012 steps=100",
     "full rate=0.006",
 )
+
+
+# What a stage is made with. Its hash stands in the manifest: another constant, and the stage is run again.
+CONSTANTS: dict[str, tuple] = {
+    "base": (LAYERS, BASE_STEPS, BASE_RATE),
+    "tune": (TUNE_STEPS, TUNE_RATES),
+    "sgd": (TUNE_STEPS, SGD_RATES),
+    "planted": (PLANTED,),
+    "adapters": (ADAPTERS,),
+    "regimes": (regimes.wanted(), regimes.wanted_lora(), regimes.GENTLE),
+    "published": (published.PUBLISHED["rxnfp"].requirement, published_figures.RANKS, published_figures.SIZES),
+    "deltas": (deltas.RATE, deltas.STEPS, deltas.BATCH, deltas.SIZES, deltas.CUTS, deltas.PAIRS),
+}
+
+
+def constants_of(stage: str) -> str:
+    """A hash of the constants of a stage and of those before it, on whose files it builds."""
+    before = STAGES[: STAGES.index(stage) + 1]
+    # the sweeps say themselves which runs they want, and a run that was done is not done again
+    made_with = [
+        (name, CONSTANTS[name]) for name in before if name in CONSTANTS and (name == stage or name == "base")
+    ]
+    return hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]
 
 
 class Maker:
@@ -70,14 +98,20 @@ class Maker:
     def steps(self, number: int) -> int:
         return max(3, round(number * self.scale))
 
-    def run(self, until: str = STAGES[-1]) -> None:
-        for stage in STAGES[: STAGES.index(until) + 1]:
+    def run(self, until: str = STAGES[-1], only: str | None = None) -> None:
+        for stage in [only] if only else STAGES[: STAGES.index(until) + 1]:
             began = time.monotonic()
-            if self.facts().get(stage) is None:
+            if not self.done(stage):
                 print(f"{stage} …", flush=True)
                 facts = self.sweep(stage) if stage in sweeps.STAGES else getattr(self, stage)()
-                self.record(stage, facts | {"seconds": round(time.monotonic() - began)})
+                facts |= {"seconds": round(time.monotonic() - began), "constants": constants_of(stage)}
+                self.record(stage, facts)
             print(f"{stage}: {json.dumps(self.facts()[stage])}", flush=True)
+
+    def done(self, stage: str) -> bool:
+        """Whether the manifest has the stage, made with the constants of today."""
+        facts = self.facts().get(stage)
+        return facts is not None and facts.get("constants", constants_of(stage)) == constants_of(stage)
 
     # ---- stages ------------------------------------------------------------------------------------------------
 
@@ -177,7 +211,7 @@ class Maker:
             Batches(code.train, batch=4, seed=1),
             torch.optim.AdamW(free, lr=PLANTED["rate"], weight_decay=0.0),
             self.steps(PLANTED["steps"]),
-            loss=sweeps.divergence_from(teacher),
+            loss=divergence_from(teacher),
             checkpoint=self.work / "planted.safetensors",
             progress="tuning towards the planted model",
         )
@@ -212,7 +246,7 @@ class Maker:
         with tqdm(total=0, desc=stage, leave=False) as bar:
             while runs := self._wanted(stage, rows, done):
                 bar.total += len(runs)
-                done += sweeps.record_all(
+                done += record_all(
                     runs,
                     self.work / "runs",
                     truncate=stage in sweeps.TRUNCATED,
@@ -228,7 +262,7 @@ class Maker:
         def read(name: str) -> dict[str, Tensor]:
             return load_safetensors((self.work / "runs" / f"{name}.safetensors").read_bytes())
 
-        self.write_sweeps({"base": sweeps.base_losses(), "analysis": analysis.analyse(rows, read, base)})
+        self.write_sweeps({"base": base_losses(), "analysis": analysis.analyse(rows, read, base)})
         return {"rows": len(rows)}
 
     def write_sweeps(self, parts: dict) -> None:
@@ -250,12 +284,10 @@ class Maker:
         rows, parameters = self.rows(), {}
         for adapter, (rank, seed) in ADAPTERS.items():
             run = sweeps.tuned(rows, rank, seed=seed)
-            name = sweeps.name_of(run)
+            name = name_of(run)
             factors = load_safetensors((self.work / "runs" / f"{name}.safetensors").read_bytes())
             model = TinyLM.from_state_dict(shipped.load_checkpoint("base"))
-            add_lora(
-                model, rank, rank * run["scale"], sweeps.TARGETS[run["targets"]], lora_dtype=torch.float16
-            )
+            add_lora(model, rank, rank * run["scale"], TARGETS[run["targets"]], lora_dtype=torch.float16)
             model.load_state_dict(factors, strict=False)
             folder = save_adapter(model, self.out / "adapters" / adapter)
             for file in sorted(folder.iterdir()):
@@ -288,6 +320,21 @@ class Maker:
         )
         return {"tunings": 4, "rate": deltas.RATE, "steps": deltas.STEPS}
 
+    def regimes(self) -> dict:
+        """The map of regimes, a row a line, and the gentle ΔW that ships."""
+        folder = self.work / "regimes"
+        rows = list(tqdm(regimes.record_all(folder, tell=lambda name: None), desc="regimes", leave=False))
+        head = json.dumps({"command": "make data", "versions": self._manifest()["versions"], "threads": 1})
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        write_atomically(self.out / "regimes.json", f'{head[:-1]},\n"rows": [\n{lines}\n]}}\n'.encode())
+        self.describe(
+            "regimes.json", "full tuning over rates and steps, far and near: spectra, losses of every cut"
+        )
+        gentle = folder / f"{regimes.name_of(regimes.GENTLE)}.safetensors"
+        made = "ΔW of a gentle full tuning on reference (rate 0.001, 100 steps of 8 × 256, seed 0), float16"
+        self.ship("gentle", load_safetensors(gentle.read_bytes()), made)
+        return {"rows": len(rows), "training_seconds": round(sum(row["seconds"] for row in rows))}
+
     def rows(self) -> list[dict]:
         """The rows recorded so far."""
         path = self.out / "sweeps.json"
@@ -298,7 +345,7 @@ class Maker:
     def _wanted(self, stage: str, rows: list[dict], done: list[dict]) -> list[dict]:
         """Runs that a stage of the sweeps asks for, given the rows before it and its own so far, without the latter."""
         runs = [run | {"steps": self.steps(run["steps"])} for run in sweeps.STAGES[stage](rows + done)]
-        return [run for run in runs if sweeps.name_of(run) not in {row["name"] for row in done}]
+        return [run for run in runs if name_of(run) not in {row["name"] for row in done}]
 
     def _tune(self, label: str, rate: float, seed: int, sgd: bool = False) -> tuple[dict[str, Tensor], dict]:
         """(ΔW of every parameter, facts of the run); a finished run is read from its checkpoint."""
@@ -391,6 +438,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument(
+        "--only", choices=STAGES, help="run this stage alone, on what the stages before it have left"
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="forget what an earlier run left and begin again"
     )
     parser.add_argument(
@@ -426,7 +476,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(2)
     shipped.use_folder(arguments.out)
     try:
-        Maker(arguments.out, work, arguments.scale).run(arguments.until)
+        Maker(arguments.out, work, arguments.scale).run(arguments.until, arguments.only)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -437,9 +487,9 @@ def check(out: Path, names: Sequence[str]) -> int:
     """Run recorded rows again and print what was recorded, what comes out now, and whether the two agree."""
     shipped.use_folder(out)
     rows, agree = shipped.load_sweeps(), True
-    print(f"a row is found again within {sweeps.tolerance(rows):.4f} nats a token (three pooled deviations)")
+    print(f"a row is found again within {tolerance(rows):.4f} nats a token (three pooled deviations)")
     with tempfile.TemporaryDirectory() as folder:
-        for name, recorded, now, found in sweeps.check(rows, names, Path(folder)):
+        for name, recorded, now, found in run_again(rows, names, Path(folder)):
             agree &= found
             print(
                 f"{'found again' if found else 'NOT FOUND'}: {name}: recorded {recorded:.4f}, now {now:.4f}"
