@@ -17,6 +17,7 @@ from lora_edu.exercises.chapter_03 import (
     check_03_3,
     check_03_4,
     check_03_5,
+    check_03_6,
     rounded_pair,
 )
 from lora_edu.exercises.chapter_04 import (
@@ -73,6 +74,7 @@ __all__ = [
     "check_03_3",
     "check_03_4",
     "check_03_5",
+    "check_03_6",
     "check_04_1",
     "check_04_2",
     "check_04_3",
