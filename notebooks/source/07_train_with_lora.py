@@ -292,7 +292,7 @@ assert all(worth[r] >= 4 * r for r in (1, 2, 4, 8, 16)) and share_cut[64] < shar
 
 # %%
 mapped = load_regimes(task="far", method="full", steps=100, seed=0)
-mapped_lora = load_regimes(task="far", method="lora", steps=100, seed=0)
+mapped_lora = [row for row in load_regimes(task="far", method="lora", seed=0) if row["after"] is not None]
 uncut = min(mapped, key=lambda row: row["after"])
 of_map = lambda loss: (uncut["before"] - loss) / (uncut["before"] - uncut["after"])
 print(f"full tuning, uncut: {uncut['before']:.2f} → {uncut['after']:.2f}, best at {uncut['rate']:g}")
