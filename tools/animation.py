@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lora_edu import notebooks, plots
 from lora_edu.paths import write_atomically
-from lora_edu.site import pages
+from lora_edu.site import book, pages
 
 TARGET = notebooks.FOLDER / "images" / "what_each_rank_writes.gif"
 MOST_BYTES = 1_000_000
@@ -88,6 +88,7 @@ def to_gif(images: list[Image.Image]) -> bytes:
 
 def main() -> None:
     [edition] = notebooks.editions("index")
+    edition.notebook.cells = book.until_heading(edition.notebook.cells)  # what the site's first page shows
     widgets: Mapping = notebooks.run(edition.notebook, keep_widgets=True).metadata.widgets
     data = to_gif(list(frames(*first_explorer(widgets[pages.STATE]["state"]))))
     if len(data) > MOST_BYTES:

@@ -20,26 +20,25 @@ import torch
 from lora_edu.data.sweeps import best
 
 from lora_edu import explore
-from lora_edu.data import adapter_folder, load_checkpoint, load_corpus, load_sweeps
+from lora_edu.data import adapter_folder, load_base_losses, load_checkpoint, load_corpus, load_sweeps
+from lora_edu.data.runs import best
 from lora_edu.data.shipped import data_file
 from lora_edu.lora import load_adapter
 from lora_edu.tinylm import TinyLM
-from lora_edu.training import evaluate
 
-base, reference, prompt = load_checkpoint("base"), load_corpus("reference"), "Return the array"
-held_out = reference.test.unfold(0, 256, 2048).flatten()
-words = torch.tensor(reference.tokenizer.encode(prompt).ids)
-texts, losses, sizes = {}, {}, {}
+base, tokenizer, prompt = load_checkpoint("base"), load_corpus("reference").tokenizer, "Return the array"
+rows, run = load_sweeps(), {"text": "reference", "steps": 200, "seed": 0}
+words = torch.tensor(tokenizer.encode(prompt).ids)
+texts, losses, sizes = {}, {0: load_base_losses()["reference"]["test"]}, {}
 for r in (0, 1, 2, 4, 8, 16):
     model, adapter = TinyLM.from_state_dict(base), adapter_folder(f"reference_r{r or 1}")
     if r:
         load_adapter(model, adapter)
         sizes[r] = (adapter / "adapter_model.safetensors").stat().st_size
-    written = model.generate(words, 80, temperature=0.7, seed=1).tolist()
-    texts[r], losses[r] = reference.tokenizer.decode(written), evaluate(model, held_out)
-recorded = best(load_sweeps(), method="full", text="reference", steps=200)["test"]
-assert recorded < losses[16] < losses[8] < losses[1] < losses[0] - 1
-full = data_file("base.safetensors").stat().st_size, recorded
+        losses[r] = best(rows, method="lora", rank=r, targets="all", scale=1.0, **run)["test"]
+    texts[r] = tokenizer.decode(model.generate(words, 80, temperature=0.7, seed=1).tolist())
+full = data_file("base.safetensors").stat().st_size, best(rows, method="full", **run)["test"]
+assert full[1] < losses[16] < losses[8] < losses[1] < losses[0] - 1
 explore.what_each_rank_writes(prompt, texts, losses, sizes, full)
 
 # %% [markdown]
