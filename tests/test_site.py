@@ -104,7 +104,7 @@ def test_the_page_holds_its_explorers_widgets_and_no_others(site):
 
 def test_it_ran_without_a_network_in_a_readers_folder_of_its_own(site):
     text = html.unescape(re.sub(r"<[^>]*>", "", body(site / "99_try.html")))
-    assert "a folder of its own: True\nthe tests' kernels have no network" in text
+    assert "a folder of its own: True\nthis kernel has no network" in text
 
 
 def test_links_between_notebooks_and_to_the_solutions_lead_to_pages(site):

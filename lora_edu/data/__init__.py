@@ -6,6 +6,7 @@ from lora_edu.data.shipped import (
     load_analysis,
     load_base_losses,
     load_checkpoint,
+    load_deltas,
     load_regimes,
     load_sweeps,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "load_base_losses",
     "load_checkpoint",
     "load_corpus",
+    "load_deltas",
     "load_package",
     "load_regimes",
     "load_sweeps",

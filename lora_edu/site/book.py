@@ -21,7 +21,7 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
-from lora_edu import notebooks
+from lora_edu import guard, notebooks
 from lora_edu.notebooks import Edition
 from lora_edu.paths import REPOSITORY, repository, write_atomically
 from lora_edu.site import pages
@@ -65,12 +65,7 @@ def run(edition: Edition, path: Path) -> float:
     """Runs a notebook without a network, in a reader's folder of its own, and keeps it at `path`; returns seconds."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
-        guard = [str(REPOSITORY / "tests" / "notebooks"), os.environ.get("PYTHONPATH", "")]
-        variables = {
-            "LORA_EDU_HOME": home,
-            "PYTHONPATH": os.pathsep.join(filter(None, guard)),  # no network, no writing into the clone
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
+        variables = {"LORA_EDU_HOME": home, **guard.variables()}
         try:
             ran = notebooks.run(edition.notebook, keep_widgets=True, variables=variables)
         except ValueError as error:
@@ -96,6 +91,11 @@ def with_results(notebook: NotebookNode, ran: NotebookNode) -> NotebookNode:
     return notebook
 
 
+def kept_at(edition: Edition, runs: Path) -> Path:
+    """Where the run of a notebook is kept, as long as nothing that it depends on changes."""
+    return runs / f"{edition.name.replace('/', '-')}-{key(edition.notebook)}.ipynb"
+
+
 def gather(
     editions: Sequence[Edition], alive: set[str] | None, jobs: int, runs: Path
 ) -> dict[str, NotebookNode]:
@@ -107,7 +107,7 @@ def gather(
     by_name = {edition.name: edition for edition in editions}
     for edition in editions:
         if shows_explorers(edition.notebook) and (alive is None or edition.name in alive):
-            kept[edition.name] = runs / f"{edition.name.replace('/', '-')}-{key(edition.notebook)}.ipynb"
+            kept[edition.name] = kept_at(edition, runs)
         else:
             results[edition.name] = edition.notebook if edition.name == "index" else stored(edition)
     missing = [edition for edition in editions if edition.name in kept and not kept[edition.name].is_file()]
