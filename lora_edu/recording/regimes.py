@@ -113,16 +113,22 @@ def record(run: Mapping, folder: Path) -> dict:
         torch.manual_seed(run["seed"])
         add_lora(model, run["rank"], run["rank"], TARGETS["all"])
         groups = _lora_groups(model, run["rate"])
-    history = _fit(
-        model, text["train"], run["rate"], run["steps"], run["seed"], path.with_suffix(".run"), groups
-    )
+    about = dict(run) | {"method": "lora" if "rank" in run else "full"}
+    try:
+        history = _fit(
+            model, text["train"], run["rate"], run["steps"], run["seed"], path.with_suffix(".run"), groups
+        )
+    except FloatingPointError as error:  # a rate that is too large is a result, too
+        row = about | {"before": None, "after": None, "failed": str(error)}
+        write_atomically(path, json.dumps(row).encode())
+        return row
     if "rank" in run:
         merge_lora(model)
         model = remove_lora(model, merge=True)
     delta = {name: (W - before[name]).half() for name, W in model.state_dict().items()}
     if "rank" not in run:
         write_atomically(path.with_suffix(".safetensors"), save_safetensors(delta))
-    row = dict(run) | {"method": "lora" if "rank" in run else "full", "seconds": round(history.seconds, 1)}
+    row = about | {"seconds": round(history.seconds, 1)}
     delta = {name: change.float() for name, change in delta.items()}
     row |= losses_of(before, delta, text["held out"])
     if "rank" not in run:
@@ -234,18 +240,21 @@ def _rounded(value: float) -> float:
 
 
 def record_all(folder: Path, tell: Callable[[str], None] = print) -> Iterator[dict]:
-    """Every row, one after the other: full tuning, LoRA at each rate, then two more seeds of the corners and of LoRA's
-    best rates."""
+    """Every row, one after the other: full tuning, LoRA at each rate, two more seeds of LoRA's best rates and of the
+    corners of the map."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = []
-    for run in (*wanted(), *wanted_lora(), *wanted_seeds()):
+    for run in (*wanted(), *wanted_lora()):
         tell(name_of(run))
         row = record(run, folder)
-        trained += [row] if "rank" in row else []
+        trained += [row] if "rank" in row and row["after"] is not None else []
         yield row
-    for rank in LORA_RANKS:
-        best = min((row for row in trained if row["rank"] == rank), key=lambda row: row["after"])
-        for seed in (1, 2):
-            run = {key: best[key] for key in ("task", "rank", "rate", "steps")} | {"seed": seed}
-            tell(name_of(run))
-            yield record(run, folder)
+    best = [
+        min((row for row in trained if row["rank"] == rank), key=lambda row: row["after"])
+        for rank in LORA_RANKS
+    ]
+    keys = ("task", "rank", "rate", "steps")
+    again = [{key: row[key] for key in keys} | {"seed": seed} for seed in (1, 2) for row in best]
+    for run in (*again, *wanted_seeds()):
+        tell(name_of(run))
+        yield record(run, folder)
