@@ -1,4 +1,4 @@
-"""The LoRA embedding on one GPU: our kernels beside loralib, PEFT, a plain look-up and torch.compile.
+"""The LoRA embedding on one GPU: our kernels beside loralib, PEFT, a plain look-up, torch.compile and whoever is there.
 
     python benchmarks/gpu_embedding.py [--minutes 7] [--repeats 15] [--rehearse]
 
@@ -7,13 +7,16 @@ CUDA events behind a short sleep, so that the time is the GPU's and not the laun
 together exceed the cache; a batch has no token twice, so that each row is read from memory; medians count.
 Cases that the minutes don't suffice for are listed as left out. Writes results/gpu_embedding.json and .png.
 Without a CUDA device it says so and measures nothing; --rehearse runs every line but those on tiny tables and a
-CPU, with Triton's interpreter, and writes nothing. Not for what the ways compute: tests/lora holds that.
+CPU, with Triton's interpreter, and writes nothing. Not for what the ways compute: tests/lora holds that; nor for all
+that is to be done on a card: tools/on_a_gpu.py does, and runs this as one of its parts.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import itertools
+import math
 import os
 import platform
 import statistics
@@ -28,22 +31,26 @@ from pathlib import Path
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which PEFT does
 
-import loralib
-import peft
 import torch
 from torch import Tensor, nn
 
 from lora_edu import plots
-from lora_edu.explore.lora_embedding import CARDS, look_up_bytes, look_up_operations
+from lora_edu.counting.traffic import CARDS, gradient_bytes, look_up_bytes, look_up_operations
 from lora_edu.lora import LoRAEmbedding, pair_optimizers, trainable_parameters
 from lora_edu.lora.functional import plain_lora_embedding, triton_version
 from lora_edu.paths import write_atomically, write_json
 
+for absent in ("loralib", "peft", "axolotl.kernels.lora", "liger_kernel.ops.experimental.embedding"):
+    with contextlib.suppress(ImportError):  # whoever is not installed takes no part
+        __import__(absent)
+
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "python benchmarks/gpu_embedding.py"
 PLAIN, LORALIB, PEFT, COMPILED = "plain nn.Embedding", "loralib", "PEFT", "torch.compile"
-OURS, SPARSE = "lora_edu", "lora_edu, sparse"
+OURS, SPARSE, FOUND = "lora_edu", "lora_edu, sparse", "lora_edu, tiles found"
+AXOLOTL, LIGER = "axolotl", "Liger, plain"
 PEERS = (LORALIB, PEFT)
+LOOK_UPS = (PLAIN, LIGER)  # which add no update
 MEASURES = ("forward", "forward and backward", "step")
 DTYPE = torch.bfloat16
 GRID = {
@@ -69,33 +76,93 @@ class Compiled(nn.Module):
         return self.compiled(tokens, self.weight, self.lora_A, self.lora_B, self.scaling)
 
 
-def make_ways(table: Tensor, rank: int, compiled: bool) -> dict[str, nn.Module]:
+class Axolotl(nn.Module):
+    """axolotl's autograd function over PyTorch's operations; A as PEFT stores it."""
+
+    def __init__(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float):
+        super().__init__()
+        self.function = sys.modules["axolotl.kernels.lora"].LoRA_Embedding
+        self.weight, self.scaling = weight, scaling
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        options = (self.scaling, None, None, None, 2.0, False, False)
+        return self.function.apply(tokens, self.weight, self.lora_A, self.lora_B, *options)
+
+
+class Liger(nn.Module):
+    """Liger's plain look-up, a Triton kernel."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.function = sys.modules["liger_kernel.ops.experimental.embedding"].LigerEmbeddingFunction
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.function.apply(self.weight, tokens)
+
+
+def make_ways(table: Tensor, rank: int, compiled: bool, found: bool = False) -> dict[str, nn.Module]:
     """The ways, all on one frozen table, with the same A and B, so that their results can be compared."""
     vocabulary, width = table.shape
     A, B = (torch.randn(side, rank, device=table.device).to(DTYPE) for side in table.shape)
     with torch.device("meta"):
-        theirs = loralib.Embedding(vocabulary, width, r=rank, lora_alpha=2 * rank, dtype=DTYPE)
         plain, base = (nn.Embedding(vocabulary, width, dtype=DTYPE) for _ in range(2))
-        ours, sparse = (
+        ours, sparse, tiled = (
             LoRAEmbedding(vocabulary, width, rank, 2 * rank, sparse=each, check_tokens=False, dtype=DTYPE)
-            for each in (False, True)
+            for each in (False, True, False)
         )
-    for layer in (theirs, plain, base, ours, sparse):
+    for layer in (plain, base, ours, sparse, tiled):
         layer.weight = nn.Parameter(table, requires_grad=False)
-    theirs.lora_A, theirs.lora_B = nn.Parameter(A.T.contiguous()), nn.Parameter(B.clone())
     for layer in (ours, sparse):
         layer.lora_A, layer.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["layer"])
-    hf = peft.inject_adapter_in_model(config, nn.ModuleDict({"layer": base}))["layer"]
-    hf.lora_embedding_A["default"] = nn.Parameter(A.T.contiguous())
-    hf.lora_embedding_B["default"] = nn.Parameter(B.clone())
-    ways = {PLAIN: plain, LORALIB: theirs, PEFT: hf, OURS: ours, SPARSE: sparse}
+    tiled.lora_A, tiled.lora_B = ours.lora_A, ours.lora_B
+    ways = {PLAIN: plain}
+    if "loralib" in sys.modules:
+        with torch.device("meta"):
+            Embedding = sys.modules["loralib"].Embedding
+            theirs = Embedding(vocabulary, width, r=rank, lora_alpha=2 * rank, dtype=DTYPE)
+        theirs.weight = nn.Parameter(table, requires_grad=False)
+        theirs.lora_A, theirs.lora_B = nn.Parameter(A.T.contiguous()), nn.Parameter(B.clone())
+        ways[LORALIB] = theirs
+    if "peft" in sys.modules:
+        peft = sys.modules["peft"]
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["layer"])
+        hf = peft.inject_adapter_in_model(config, nn.ModuleDict({"layer": base}))["layer"]
+        hf.lora_embedding_A["default"] = nn.Parameter(A.T.contiguous())
+        hf.lora_embedding_B["default"] = nn.Parameter(B.clone())
+        ways[PEFT] = hf
+    if "axolotl.kernels.lora" in sys.modules:
+        ways[AXOLOTL] = Axolotl(table, A.T.contiguous(), B.clone(), ours.scaling)
+    if "liger_kernel.ops.experimental.embedding" in sys.modules and table.is_cuda:
+        ways[LIGER] = Liger(table)
+    ways |= {OURS: ours, SPARSE: sparse} | ({FOUND: tiled} if found else {})
     return ways | ({COMPILED: Compiled(ours)} if compiled else {})
 
 
-def gradient_bytes(vocabulary: int, tokens: int, width: int, rank: int) -> int:
-    """Least bytes of a backward pass in bfloat16: ids, G, A's rows and B read; dense dA and dB written."""
-    return 8 * tokens + 2 * (tokens * (width + rank) + vocabulary * rank + 2 * width * rank)
+@contextlib.contextmanager
+def tiles(found: dict) -> Iterator[None]:
+    """Inside, the kernels take these measured tiles, and none other."""
+    from lora_edu.lora import triton_kernels as kernels
+
+    before = dict(kernels.MEASURED_ON), dict(kernels.MEASURED)
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+    def put(where: dict, measured: dict) -> None:
+        for target, source in ((kernels.MEASURED_ON, where), (kernels.MEASURED, measured)):
+            target.clear()
+            target.update(source)
+        kernels.nearest.cache_clear()
+
+    put({"capability": kernels.card(device).capability}, found)
+    try:
+        yield
+    finally:
+        put(*before)
 
 
 class Clock:
@@ -121,7 +188,7 @@ class Clock:
             call(turn)
             return time.perf_counter() - began
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(3_000_000)  # some 2 ms, in which the CPU launches all that follows
+        torch.cuda._sleep(8_000_000)  # some 4 ms, in which the CPU launches all that follows
         began.record()
         kept = call(turn)
         ended.record()
@@ -167,18 +234,23 @@ class Clock:
         return torch.cuda.get_device_properties(0).L2_cache_size if self.cuda else 2**10
 
 
-def measure(clock: Clock, table: Tensor, tokens: int, rank: int, compiled: bool) -> list[dict]:
-    """A row a way and measure: seconds, least bytes, peak memory beside the output's own."""
+def measure(
+    clock: Clock, table: Tensor, tokens: int, rank: int, compiled: bool, found: dict | None = None
+) -> list[dict]:
+    """A row a way and measure: seconds, least bytes, peak memory beside the output's own.
+
+    found: measured tiles, which one of the ways takes; the others take those that ship.
+    """
     vocabulary, width = table.shape
-    ways = make_ways(table, rank, compiled)
+    ways = make_ways(table, rank, compiled, bool(found))
     optimizers = {
         way: pair_optimizers(layer, 1e-4)
         if way in (OURS, SPARSE)
         else torch.optim.Adam(trainable_parameters(layer), lr=1e-4)
         for way, layer in ways.items()
-        if way not in (PLAIN, COMPILED)  # COMPILED trains OURS' factors
+        if way not in (*LOOK_UPS, COMPILED, FOUND)
     }
-    optimizers |= {COMPILED: torch.optim.Adam(trainable_parameters(ways[OURS]))} if compiled else {}
+    optimizers |= dict.fromkeys((COMPILED, FOUND), optimizers[OURS])  # they train OURS' factors
     output = 2 * tokens * width
     turns = max(2, min(8, -(-4 * clock.cache() // output)))  # inputs enough to fill the cache four times
     batches = [torch.randperm(vocabulary, device=table.device)[:tokens] for _ in range(turns)]
@@ -199,17 +271,20 @@ def measure(clock: Clock, table: Tensor, tokens: int, rank: int, compiled: bool)
         layer.zero_grad(set_to_none=True)
 
     def call(name: str, way: str, turn: int) -> None:
-        if name == "forward":
-            forward(ways[way], turn)
-        elif name == "forward and backward":
-            both(ways[way], turn)
-        else:
-            step(ways[way], optimizers[way], turn)
+        with tiles(found) if way == FOUND else contextlib.nullcontext():
+            if name == "forward":
+                forward(ways[way], turn)
+            elif name == "forward and backward":
+                both(ways[way], turn)
+            else:
+                step(ways[way], optimizers[way], turn)
 
+    with tiles(found or {}):
+        compare({way: layer for way, layer in ways.items() if way != OURS}, batches[0])
     compare(ways, batches[0])
     rows = []
     for name in MEASURES:
-        taking_part = [way for way in ways if name == "forward" or way != PLAIN]
+        taking_part = [way for way in ways if name == "forward" or way not in LOOK_UPS]
         calls = [functools.partial(call, name, way) for way in taking_part]
         medians = clock.seconds(calls, clock.repeats)
         least = look_up_bytes(tokens, width, rank)["one pass"]
@@ -226,13 +301,13 @@ def measure(clock: Clock, table: Tensor, tokens: int, rank: int, compiled: bool)
 def compare(ways: dict[str, nn.Module], tokens: Tensor) -> None:
     """Refuse to time a way that computes something else; the first thousand tokens stand for all."""
     with torch.no_grad():
-        layer = ways[OURS]
+        layer = next(ways[way] for way in (OURS, FOUND, SPARSE) if way in ways)
         some = tokens[:1000]
         W, A, B = layer.weight[some].float(), layer.lora_A[some].float(), layer.lora_B.float()
         exact = W + layer.scaling * A @ B.T
         for way, each in ways.items():
             apart = float(
-                (each(some).float() - (W if way == PLAIN else exact)).abs().max() / exact.abs().max()
+                (each(some).float() - (W if way in LOOK_UPS else exact)).abs().max() / exact.abs().max()
             )
             if not apart < 0.03:
                 raise AssertionError(f"{way} is {apart:.2g} of the largest value away from the formula")
@@ -290,7 +365,7 @@ def tell(rows: list[dict], bandwidth: float) -> None:
     for row in rows:
         share = row["least_bytes"] / row["median_s"] / bandwidth
         peers = [each for each in rows if each["measure"] == row["measure"] and each["way"] in PEERS]
-        peer = min(each["median_s"] for each in peers)
+        peer = min((each["median_s"] for each in peers), default=math.nan)
         extra = (row["peak_bytes"] - row["output_bytes"]) / 1e6
         print(
             f"{shape}  {row['measure']:20} {row['way']:18} {1e3 * row['median_s']:9.3f} ms"
@@ -322,7 +397,9 @@ def device_record() -> dict:
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     )
-    versions = {name: metadata.version(name) for name in ("torch", "triton", "loralib", "peft")}
+    names = {each.name.lower() for each in metadata.distributions() if each.name}
+    there = names & {"torch", "triton", "loralib", "peft", "axolotl", "liger-kernel"}
+    versions = {name: metadata.version(name) for name in sorted(there)}
     return {
         "device": torch.cuda.get_device_name(0),
         "driver": driver.stdout.strip().splitlines()[0] if driver.stdout.strip() else "unknown",

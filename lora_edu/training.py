@@ -238,9 +238,8 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     found = []
     for each in parameters:
         if each.grad is not None and each.grad.is_sparse:
-            each.grad = (
-                each.grad.coalesce()
-            )  # one row a token: repeated ones are added up, as their norm needs
+            # One row a token: repeated ones are added up first, since the norm is their sum's.
+            each.grad = each.grad.coalesce()
             found.append(each.grad.values())
         elif each.grad is not None:
             found.append(each.grad)
@@ -262,9 +261,8 @@ def _clip(parameters: list[Tensor], clip: float | None) -> float:
     gradients = _gradients(parameters)
     norm = nn.utils.get_total_norm(gradients)
     if clip is not None:
-        factor = (clip / (norm + 1e-6)).clamp(
-            max=1.0
-        )  # as torch's clip_grad_norm_, which can't take sparse ones
+        # As torch's clip_grad_norm_, which can't take sparse gradients.
+        factor = (clip / (norm + 1e-6)).clamp(max=1.0)
         for each in gradients:
             each.mul_(factor.to(each.device))
     return norm.item()
@@ -321,7 +319,7 @@ def _evaluate(
 def _number(value: object, name: str) -> float:
     """A loss as Python's float, whatever holds it: a tensor or an array of one number, too."""
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{name} must give one number (or several by name, in a dictionary); got {printable(repr(value))}"

@@ -24,7 +24,7 @@ from safetensors.torch import save as save_safetensors
 from tokenizers import Tokenizer
 
 from lora_edu.data.shipped import data_file
-from lora_edu.paths import user_folder, write_atomically
+from lora_edu.paths import expanded, user_folder, write_atomically
 
 NAMES = ("code", "reference", "manual")
 SPLITS = ("train", "validation", "test")
@@ -238,8 +238,8 @@ def _library() -> Path:
 def _folder(package: str) -> Path:
     """Where a package's source lies; LORA_EDU_CORPUS names a folder with copies to read instead."""
     other = os.environ.get("LORA_EDU_CORPUS")
-    if other and (Path(other) / package).is_dir():
-        return Path(other) / package
+    if other and (expanded(other) / package).is_dir():
+        return expanded(other) / package
     if package == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
     return Path(find_spec(package).origin).parent

@@ -33,6 +33,28 @@ SETTINGS = {
 }
 
 
+# Best of their grid, but at its edge: name → the rate next to it that was not tried (each run takes minutes, and the
+# time did not reach). Whoever shows one says so.
+UNBRACKETED: dict[str, float] = {
+    "full rate=0.003 embedding=1": 1.5e-3,
+    "lora rank=8 rate=0.024 embedding=1": 4.8e-2,
+    "subspace dimension=1000 rate=0.157": 7.83e-2,
+    "subspace targets=blocks dimension=10000 rate=0.102": 0.205,
+    "subspace targets=blocks dimension=100000 rate=0.0324": 6.47e-2,
+    "frozen A rank=64 rate=0.006": 3e-3,
+    "frozen A rank=8 targets=blocks rate=0.096": 0.192,
+    "lora rank=8 targets=embedding rate=0.024 embedding=1 steps=100": 4.8e-2,
+    "lora rank=8 targets=head rate=0.024 steps=100": 4.8e-2,
+    "lora rank=17 targets=attention rate=0.024 steps=100": 4.8e-2,
+    "lora rank=13 targets=mlp rate=0.024 steps=100": 4.8e-2,
+    "lora rank=7 targets=blocks rate=0.024 steps=100": 4.8e-2,
+    "lora rank=embedding.2+head.2+query.4+key.4+value.4+output.4+up.4+down.4 rate=0.024 steps=100": 4.8e-2,
+    "full text=manual rate=0.000333 embedding=1 steps=150 patience=2": 1.11e-4,
+    "lora text=manual rank=8 rate=0.00267 steps=150 patience=2": 8.89e-4,
+    "lora text=planted rank=1 targets=block 3 rate=0.03 steps=400": 0.1,
+}
+
+
 def run_of(**settings) -> dict:
     """The settings of a run, complete. Raises KeyError for a name that is none."""
     if unknown := set(settings) - set(SETTINGS):
@@ -88,6 +110,30 @@ def embedding_for(rows: Iterable[Mapping]) -> float:
 def tuned_full(rows: Iterable[Mapping]) -> dict:
     """Full tuning at the tuned rates."""
     return best(rows, method="full", text="reference", steps=STEPS, seed=0)
+
+
+def grid_of(rows: Iterable[Mapping], row: Mapping) -> list[float]:
+    """The learning rates tried with all of a row's other settings, ascending; those at which it blew up count too."""
+    others = {key: row[key] for key in SETTINGS if key != "rate"}
+    return sorted({each["rate"] for each in rows if all(each[key] == value for key, value in others.items())})
+
+
+def inside_grid(rows: Iterable[Mapping], row: Mapping) -> bool:
+    """Whether smaller and larger learning rates than a row's were tried too, so that it may be called tuned."""
+    rates = grid_of(rows, row)
+    return rates[0] < row["rate"] < rates[-1]
+
+
+def tuned_rows(rows: Iterable[Mapping]) -> list[Mapping]:
+    """The best row of every grid: of the rows of seed 0 with s = 1 that differ in their learning rate alone.
+
+    Rows with another s compare settings with one another; nobody calls them tuned.
+    """
+    rows, grids = list(rows), {}
+    for row in rows:
+        if row["seed"] == 0 and row["scale"] == SETTINGS["scale"]:
+            grids.setdefault(name_of(dict(row) | {"rate": None}), []).append(row)
+    return [best(grid) for grid in grids.values() if len({row["rate"] for row in grid}) > 1]
 
 
 def usual_runs(rows: Iterable[Mapping]) -> list[Mapping]:

@@ -115,15 +115,10 @@ def load_analysis() -> dict:
     return _sweeps()["analysis"]
 
 
-def load_deltas() -> dict:
-    """What `lora_edu.recording.deltas` found after short tunings: "another text", "planted with labels"."""
-    return json.loads(data_file("deltas.json").read_text(encoding="utf-8"))
-
-
 def load_regimes(**settings) -> list[dict]:
     """The rows of data/regimes.json with the given settings (`task="far"`, `method="full"`, `seed=0`, …).
 
-    A row of full tuning: task ("far": code → docstrings; "near": numpy's docstrings → matplotlib's), method, rate,
+    A row of full tuning: task ("far": code → docstrings; "near": docstrings → docstrings of other files), method, rate,
     steps, seed, seconds; before, after: held-out loss in nats a token; cut: rank → loss with every ΔW cut to it;
     one_kind_cut: kind → rank → loss with that kind alone cut; spectra: kind → size (‖ΔW‖/‖W_o‖), rank_90, stable,
     effective, energy_8 (means over layers) and sigma (σ/‖ΔW‖ of the middle layer). A row of LoRA has a rank, before
@@ -131,6 +126,11 @@ def load_regimes(**settings) -> list[dict]:
     """
     rows = json.loads(data_file("regimes.json").read_text(encoding="utf-8"))["rows"]
     return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
+
+
+def load_deltas() -> dict:
+    """What `lora_edu.recording.deltas` found after short tunings: "another text", "planted with labels"."""
+    return json.loads(data_file("deltas.json").read_text(encoding="utf-8"))
 
 
 def _sweeps() -> dict:

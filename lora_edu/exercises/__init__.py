@@ -1,6 +1,6 @@
 """Checks of the exercises: one module a chapter, `check_NN_k(answer)` → a sentence a student can act on."""
 
-from lora_edu.exercises.chapter_00 import check_00_1, check_00_2
+from lora_edu.exercises.chapter_00 import check_00_1, check_00_2, check_00_3
 from lora_edu.exercises.chapter_01 import (
     check_01_1,
     check_01_2,
@@ -58,6 +58,7 @@ from lora_edu.exercises.chapter_07 import (
 __all__ = [
     "check_00_1",
     "check_00_2",
+    "check_00_3",
     "check_01_1",
     "check_01_2",
     "check_01_3",

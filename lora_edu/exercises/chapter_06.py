@@ -4,12 +4,13 @@ Not for the answers themselves: each right and each typical wrong one is worked 
 """
 
 import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_edu import counting
 from lora_edu.exercises.answers import judge, no_function
 
 ALPHA, TOKEN = 16, 7  # of exercise 1
@@ -90,55 +91,68 @@ def check_06_2(answer: object) -> str:
 
 
 def check_06_3(answer: object) -> str:
-    """Rows of ΔW that move in the first step of random A, zero B, with 5 different tokens in the batch."""
+    """A function rows_that_move(tokens, zero, V): rows of ΔW that are not zero after SGD's first step."""
+    seen = lambda tokens: len(set(tokens))
     mistakes = {
-        5: "only those seen is what zero A and random B does. Here the step changes B, and every row of ΔW is "
-        "A[t] Bᵀ.",
-        0: "A's gradient is zero while B is, but B's is not: after the step B is no longer zero.",
-        8: "that is r. How many rows does A Bᵀ have that are not zero once B is not?",
-        10_000 - 5: "the tokens of the batch move as well.",
-        100: "that is d, the number of columns.",
+        "from A = 0 it counts places. A token that stands twice has one row.": lambda tokens, zero, V: (
+            len(tokens) if zero == "A" else V
+        ),
+        "'only those seen' is what A = 0 does. From B = 0 the step changes B, and every row of ΔW is A[t] Bᵀ.": (
+            lambda tokens, zero, V: seen(tokens)
+        ),
+        "all rows is what B = 0 does. From A = 0 only rows of A that were looked up get a gradient.": (
+            lambda tokens, zero, V: V
+        ),
+        "the two starts are exchanged.": lambda tokens, zero, V: V if zero == "A" else seen(tokens),
+        "from B = 0 the tokens of the batch move as well.": lambda tokens, zero, V: (
+            seen(tokens) if zero == "A" else V - seen(tokens)
+        ),
+        "from B = 0 A's gradient is zero, but B's is not: after the step B is no longer zero.": (
+            lambda tokens, zero, V: seen(tokens) if zero == "A" else 0
+        ),
     }
-    return judge(
+    return judge_function(
         3,
         answer,
-        10_000,
+        "tokens, zero, V",
+        [([3, 7, 3, 0], "A", 20), ([3, 7, 3, 0], "B", 20), ([5, 5, 5], "A", 1000), ([5, 5, 5], "B", 1000)],
+        lambda tokens, zero, V: seen(tokens) if zero == "A" else V,
         mistakes,
         hint="which factor gets a gradient in the first step, and which rows of ΔW = s · A Bᵀ does it touch?",
-        why="B belongs to all tokens. A step on five moves all 10 000, the others in random directions.",
-        tolerance=1e-9,
+        why="A row of A belongs to one token, B belongs to all of them.",
     )
 
 
 def check_06_4(answer: object) -> str:
-    """Bytes a token that a forward pass must move: V = 10 000, d = 100, r = 8, float32, int64 ids."""
-    d, r, number, identity = 100, 8, 4, 8
-    right = identity + number * (d + r + d)
-    everything = number * counting.lora_parameters(10_000, d, r)
+    """A function bytes_a_token(d, r, each): what a forward pass must move for a token, without B."""
     mistakes = {
-        number * (d + r)
-        + identity: "the write is forgotten: the output's d numbers have to go to memory too.",
-        number * (d + r): "the write is forgotten (d numbers), and so is the token's id (8 bytes).",
-        number * (d + r + d): "nearly: the token's id has to be read too, 8 bytes.",
-        number * (d + d) + identity: "A's row is forgotten: r more numbers.",
-        d + r + d: "that is the number of numbers. float32 takes 4 bytes each.",
-        d + r + d + 1: "that is the number of numbers. float32 takes 4 bytes each, the id 8.",
-        number * 10_000 * d: "that is all V rows of W. A look-up reads one.",
-        number * 10_000 * (d + r): "that is all V rows. A look-up reads one row of W and one of A.",
-        everything: "that is all of A and B. A look-up reads one row of A; B is shared by the batch.",
-        right
-        + number * r * d: "B is read once for the whole batch, not once a token: leave it out, as the task "
-        "says.",
+        "the write is forgotten: the output's d numbers have to go to memory too.": lambda d, r, each: (
+            8 + each * (d + r)
+        ),
+        "the write is forgotten (d numbers), and so is the token's id (8 bytes).": lambda d, r, each: (
+            each * (d + r)
+        ),
+        "nearly: the token's id has to be read too, 8 bytes.": lambda d, r, each: each * (2 * d + r),
+        "A's row is forgotten: r more numbers.": lambda d, r, each: 8 + each * 2 * d,
+        "that is the number of numbers. Each takes `each` bytes.": lambda d, r, each: 2 * d + r,
+        "that is the number of numbers, the id among them. Each takes `each` bytes, the id 8.": lambda d, r, each: (
+            2 * d + r + 1
+        ),
+        "the numbers don't take `each` bytes; the id is right.": lambda d, r, each: 8 + 2 * d + r,
+        "the id takes 8 bytes, whatever a number takes.": lambda d, r, each: each * (2 * d + r + 1),
+        "B is read once for the whole batch, not once a token: leave it out.": lambda d, r, each: (
+            8 + each * (2 * d + r + d * r)
+        ),
     }
-    return judge(
+    return judge_function(
         4,
         answer,
-        right,
+        "d, r, each",
+        [(100, 8, 4), (4096, 16, 2), (64, 1, 8)],
+        lambda d, r, each: 8 + each * (d + r + d),
         mistakes,
         hint="the id, a row of W, a row of A, and the row that is written.",
-        why=f"8 + 4 · (100 + 8 + 100). A plain look-up moves {identity + number * 2 * d}: LoRA adds 4 %, for "
-        "any vocabulary.",
-        tolerance=1e-9,
+        why="V is not in it. At d = 100 and r = 8 in float32 a plain look-up moves 808 bytes, and LoRA adds 4 %.",
     )
 
 
@@ -181,49 +195,66 @@ def check_06_5(answer: object) -> str:
 
 
 def check_06_6(answer: object) -> str:
-    """Share of padding in a product over r = 20, padded to a power of two from 16."""
+    """A function idle(r): the share of padding in a product over r, padded to a power of two from 16."""
+    padded = lambda r: max(16, 1 << (r - 1).bit_length())
     mistakes = {
-        20 / 32: "that is the share that is used. The rest is padding.",
-        12 / 20: "that is the padding for each number used; the share is of all R.",
-        12: "that is how many numbers are padding; the share is of all R = 32.",
-        32: "that is R. How much of it is padding?",
-        37.5: "in per cent that is right; the share is between 0 and 1.",
-        12 / 16: "R is 32, not 16: the block has to hold all 20.",
-        44 / 64: "that pads to 64; 32 is enough.",
+        "that is the share that is used. The rest is padding.": lambda r: r / padded(r),
+        "that is the padding for each number used; the share is of all R.": lambda r: (padded(r) - r) / r,
+        "that is how many numbers are padding; the share is of all R.": lambda r: padded(r) - r,
+        "that is R. How much of it is padding?": padded,
+        "in per cent that is right; the share is between 0 and 1.": lambda r: (
+            100 * (padded(r) - r) / padded(r)
+        ),
+        "R is at least 16: the tensor cores multiply nothing smaller.": lambda r: (
+            1 - r / (1 << (r - 1).bit_length())
+        ),
+        "R is a power of two, not a multiple of 16: 33 needs 64.": lambda r: 1 - r / (16 * -(-r // 16)),
+        "R is 16 only while r fits into it.": lambda r: (16 - r) / 16,
     }
-    return judge(
+    return judge_function(
         6,
         answer,
-        12 / 32,
+        "r",
+        [(20,), (3,), (16,), (33,), (64,)],
+        lambda r: (padded(r) - r) / padded(r),
         mistakes,
-        hint="which power of two holds 20?",
-        why="12 of 32. Below r = 16 it is more: at r = 8 a half, and on the slope of the roofline it costs nothing.",
-        tolerance=1e-6,
+        hint="which power of two holds r, and is it at least 16?",
+        why="At r = 8 it is a half, and on the slope of the roofline it costs nothing.",
     )
 
 
 def check_06_7(answer: object) -> str:
-    """Operations a byte of a look-up in one pass: d = 4096, r = 16, bfloat16, ids of 8 bytes, without B."""
-    d, r = 4096, 16
-    operations, numbers = 2 * d * (r + 1), d + r + d
+    """A function added_bytes(N, d, r): what LoRA adds to a (d, d) linear layer's forward pass in bfloat16."""
+    numbers = lambda N, d, r: 5 * N * d + 4 * N * r + 2 * d * r
     mistakes = {
-        operations / (8 + 2 * (d + r)): "the write is forgotten: the output's d numbers go to memory too.",
-        operations / (8 + 4 * numbers): "bfloat16 takes 2 bytes a number, not 4.",
-        operations / (8 + numbers): "that is operations a number. bfloat16 takes 2 bytes each.",
-        operations / (8 + 2 * 2 * d): "A's row is forgotten: r more numbers.",
-        operations / (2 * numbers): "nearly: the token's id has to be read too, 8 bytes.",
-        (8 + 2 * numbers) / operations: "that is bytes for each operation: turn it round.",
-        operations / 2 / (8 + 2 * numbers): "a multiplication and an addition are two operations.",
-        operations: "that is the operations a token. Divide by the bytes it moves.",
+        "that is the number of numbers. bfloat16 takes 2 bytes each.": numbers,
+        "bfloat16 takes 2 bytes a number, not 4.": lambda N, d, r: 4 * numbers(N, d, r),
+        "one array of N · d is missing: x read again, up written, and three for out.add_(up).": lambda N, d, r: (
+            2 * (numbers(N, d, r) - N * d)
+        ),
+        "out.add_(up) reads out as well as up, and writes it.": lambda N, d, r: (
+            2 * (numbers(N, d, r) - 2 * N * d)
+        ),
+        "the last operation, out.add_(up), is left out.": lambda N, d, r: 2 * (numbers(N, d, r) - 3 * N * d),
+        "s * low reads low and writes it: 2 N r numbers.": lambda N, d, r: 2 * (numbers(N, d, r) - 2 * N * r),
+        "A and B have to be read too.": lambda N, d, r: 2 * (numbers(N, d, r) - 2 * d * r),
+        "that includes x @ W.T. What does LoRA add to it?": lambda N, d, r: (
+            2 * (numbers(N, d, r) + 2 * N * d + d * d)
+        ),
+        "that is s applied to up, as loralib does it. Here s is applied to low.": lambda N, d, r: (
+            2 * (numbers(N, d, r) - 2 * N * r + 2 * N * d)
+        ),
+        "that is one pass, which keeps all but A and B in registers.": lambda N, d, r: 2 * 2 * d * r,
     }
-    return judge(
+    return judge_function(
         7,
         answer,
-        operations / (8 + 2 * numbers),
+        "N, d, r",
+        [(100, 64, 4), (16_384, 4096, 16), (7, 10, 3)],
+        lambda N, d, r: 2 * numbers(N, d, r),
         mistakes,
-        hint="the bytes: the id, a row of W, a row of A, and the row that is written.",
-        why="About r / 2. An H100's ridge, by its published figures, is at 295: bytes are all that counts.",
-        tolerance=1e-4,
+        hint="write down each operation's inputs and result: which are N × d, which N × r, which d × r?",
+        why="5 N d + 4 N r + 2 d r numbers. Nearly all of it is five arrays of N × d, for 0.8 % of the operations.",
     )
 
 
@@ -249,6 +280,50 @@ def check_06_8(answer: object) -> str:
     if diagnosis := mistakes.get((row, column)):
         return f"Exercise 8: not yet: {diagnosis}"
     return f"Exercise 8: not yet: ({row}, {column}). Hint: the numbers lie at 7 · 3 + k; divide by 3."
+
+
+def judge_function(
+    k: int,
+    answer: object,
+    arguments: str,
+    tried: Sequence[tuple],
+    right: Callable[..., float],
+    mistakes: Mapping[str, Callable[..., float]],
+    hint: str,
+    why: str,
+) -> str:
+    """What to tell someone who wrote this function for exercise k, from what it gives for some arguments.
+
+    mistakes: diagnosis → the function that someone writes who makes it; it is told from all results together.
+    """
+    if refused := no_function(k, answer, arguments, hint):
+        return refused
+    got = []
+    for each in tried:
+        shown = ", ".join(map(repr, each))
+        try:
+            given = answer(*each)
+        except Exception as error:
+            return f"Exercise {k}: not yet: for ({shown}) it raises {type(error).__name__}: {error}"
+        try:
+            got.append(float(given))
+        except (TypeError, ValueError):
+            return f"Exercise {k}: not yet: for ({shown}) it returns {given!r}, which is no number."
+        if not math.isfinite(got[-1]):
+            return f"Exercise {k}: not yet: for ({shown}) it gives {got[-1]}."
+    close = lambda one, other: abs(one - other) <= 1e-9 * max(1.0, abs(other))
+    agrees = lambda function: all(
+        close(value, function(*each)) for value, each in zip(got, tried, strict=True)
+    )
+    if agrees(right):
+        return f"Exercise {k}: right. {why}"
+    for diagnosis, wrong in mistakes.items():
+        if agrees(wrong):
+            return f"Exercise {k}: not yet: {diagnosis}"
+    value, each = next((v, e) for v, e in zip(got, tried, strict=True) if not close(v, right(*e)))
+    size = "small" if value < right(*each) else "large"
+    shown = ", ".join(map(repr, each))
+    return f"Exercise {k}: not yet: for ({shown}) it gives {value:.12g}, which is too {size}. Hint: {hint}"
 
 
 class _Largest(TorchDispatchMode):

@@ -14,7 +14,7 @@ from lora_edu.explore.deltas import (
 )
 from lora_edu.explore.explorer import Explorer
 from lora_edu.explore.intrinsic_dimension import random_subspaces
-from lora_edu.explore.lora_embedding import bytes_moved, first_step, roofline
+from lora_edu.explore.lora_embedding import bytes_moved, first_step, measured_on_a_gpu, roofline
 from lora_edu.explore.lora_linear import alpha_that_does_nothing, gradient_norms, seen_through
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
 from lora_edu.explore.prediction import Prediction, predict
@@ -39,6 +39,7 @@ __all__ = [
     "first_step",
     "gradient_norms",
     "hidden_direction",
+    "measured_on_a_gpu",
     "noisy_photograph",
     "photograph_rank",
     "predict",

@@ -1,7 +1,9 @@
-"""Explorers of chapter 06: how far a first step moves an embedding, and what bytes a step moves.
+"""Explorers of chapter 06: how far a first step moves an embedding, what bytes a step moves, what a card has shown.
 
-Not for measuring: bytes here are counted on paper, and the chapter checks them against live layers.
+Not for measuring: bytes are counted on paper (counting/traffic.py), a card's figures are read from a record.
 """
+
+from collections.abc import Mapping
 
 import torch
 from matplotlib.figure import Figure
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from lora_edu import plots
 from lora_edu.counting import spaced
+from lora_edu.counting.traffic import CARDS, look_up_bytes, look_up_operations, traffic
 from lora_edu.explore.explorer import Explorer
 from lora_edu.text import format_bytes
 
@@ -69,24 +72,6 @@ def first_move(gradient: Tensor, rank: int, zero: str, seed: int = 0) -> float:
     return float(move.square().mean().sqrt())
 
 
-def traffic(vocabulary: int, tokens: int, width: int = 64, rank: int = 8) -> dict[str, int]:
-    """Bytes that one step (forward, backward, SGD) reads and writes, in float32 with int64 ids, by way.
-
-    Each operation reads its inputs from memory and writes its results there; a place in the batch counts even
-    if its token occurs before. 'minimum' reads each thing needed once a pass and keeps the rest in registers.
-    """
-    out, rows, ids = 4 * tokens * width, 4 * tokens * rank, 8 * tokens
-    lora_B, lora_A = 4 * width * rank, 4 * vocabulary * rank
-    peer = 12 * out + 8 * rows + 3 * ids + 6 * lora_B + 6 * lora_A
-    return {
-        "loralib": peer,
-        "PEFT": peer,
-        "ours": 8 * out + 12 * rows + 3 * ids + 6 * lora_B + 4 * lora_A,
-        "ours, sparse": 8 * out + 14 * rows + 5 * ids + 6 * lora_B,
-        "minimum": 3 * out + 6 * rows + 2 * ids + 6 * lora_B,
-    }
-
-
 def bytes_moved() -> Explorer:
     """What a step moves by each implementation and at the least, for a vocabulary and a number of tokens."""
     colours = [plots.VERMILION, plots.ORANGE, plots.SKY, plots.BLUE, plots.GREY]
@@ -119,33 +104,6 @@ def bytes_moved() -> Explorer:
     )
 
 
-# Published by NVIDIA: bytes a second from and to memory, dense bfloat16 operations a second in the tensor cores
-CARDS = {
-    "RTX 4090": (1.008e12, 165e12),
-    "A100 80 GB": (2.039e12, 312e12),
-    "H100 SXM": (3.35e12, 989e12),
-    "H200 SXM": (4.8e12, 989e12),
-}
-
-
-def look_up_bytes(tokens: int, width: int, rank: int, each: int = 2) -> dict[str, int]:
-    """Bytes that a forward pass reads and writes by way, `each` bytes a number (2: bfloat16), 8 an id.
-
-    Each operation reads its inputs from memory and writes its results there; 'one pass' keeps them in registers.
-    """
-    out, rows, ids, lora_B = each * tokens * width, each * tokens * rank, 8 * tokens, each * width * rank
-    return {
-        "loralib, PEFT": 8 * out + 3 * rows + 2 * ids + lora_B,
-        "PyTorch, ours": 6 * out + 5 * rows + 2 * ids + lora_B,
-        "one pass": 2 * out + rows + ids + lora_B,
-    }
-
-
-def look_up_operations(tokens: int, width: int, rank: int) -> int:
-    """Multiplications and additions of out = W[t] + s · A[t] Bᵀ: the product's, and two for s and the sum."""
-    return 2 * tokens * width * (rank + 1)
-
-
 def roofline(tokens: int = 65_536, width: int = 4096) -> Explorer:
     """What a card allows a forward pass at most, from published figures, by rank; nothing in it is measured."""
     colours = plots.PALETTE[:3]
@@ -174,3 +132,45 @@ def roofline(tokens: int = 65_536, width: int = 4096) -> Explorer:
     return Explorer(
         draw, {"card": list(CARDS), "r": [4, 8, 16, 64, 256]}, start={"card": "H100 SXM", "r": 16}
     )
+
+
+NOT_MEASURED = """\
+No GPU figure has been measured yet. On a machine with a CUDA device, in the course's folder, these measure:
+python tools/on_a_gpu.py --out DIR
+python tools/on_a_gpu.py --apply DIR"""
+
+
+def measured_on_a_gpu(record: Mapping | None) -> str | plots.Shown:
+    """Forward passes as measured: below the roof that the card's own copy sets, and in milliseconds, by way.
+
+    record: benchmarks/results/gpu_embedding.json, whose first row's shape is drawn; None where there is none, which
+    is then said.
+    """
+    if record is None:
+        return NOT_MEASURED
+    first = record["rows"][0]
+    shape = {key: first[key] for key in ("vocabulary", "width", "tokens", "rank")}
+    rows = {
+        row["way"]: row
+        for row in record["rows"]
+        if row["measure"] == "forward" and row.items() >= shape.items()
+    }
+    operations = look_up_operations(shape["tokens"], shape["width"], shape["rank"])
+    least, speed = first["least_bytes"], record["copy_bytes_per_s"]
+    peak = next((card[1] for name, card in CARDS.items() if name.split()[0] in record["device"]), 1e15)
+    figure, (roof, times) = plots.subplots(1, 2, width_ratios=(1, 1.1))
+    points = {way: (operations / least, operations / row["median_s"]) for way, row in rows.items()}
+    plots.roofline(roof, speed, peak, points)
+    roof.set_title("measured, below the roof of a copy")
+    milliseconds = [1e3 * row["median_s"] for row in rows.values()]
+    colours = [plots.PALETTE[place % len(plots.PALETTE)] for place in range(len(rows))]
+    plots.bars(times, list(rows), milliseconds, colours, [f"{each:.3g}" for each in milliseconds])
+    times.set(xlabel="milliseconds", xlim=(0, 1.3 * max(milliseconds)))
+    times.set_title("a forward pass")
+    shares = ", ".join(f"{way} {least / row['median_s'] / speed:.0%}" for way, row in rows.items())
+    sentence = (
+        f"Recorded on {record['device']}, {record['date']}, by {record['command']}: a forward pass of "
+        f"{spaced(shape['tokens'])} tokens at d = {shape['width']}, r = {shape['rank']} in bfloat16, as a share of the "
+        f"speed of a copy of the bytes it must move: {shares}."
+    )
+    return plots.show(figure, sentence)

@@ -41,7 +41,9 @@ def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embe
             "accelerate.hooks.remove_hook_from_module(model, recurse=True) where its weights are all there. Then add "
             "LoRA, and dispatch the model after that"
         )
-    if "forward" in vars(layer):
+    own = vars(layer).get("forward")
+    # Hooks taken off again leave the class's own forward behind, as an attribute of the layer.
+    if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
         raise TypeError(
             f"the forward of this {kind} was replaced on the layer itself, which LoRA would undo; add LoRA first and "
             "let the other library wrap the model after that"

@@ -84,18 +84,15 @@ def lora_embedding(
     if (tokens.is_cuda or INTERPRETED) and TRITON and triton_serves(tokens, weight, lora_A, lora_B):
         from . import triton_kernels
 
-        if not sparse:
-            operation = triton_kernels.embedding_op
-        elif torch.compiler.is_compiling():
+        if sparse and torch.compiler.is_compiling():
             raise RuntimeError(
                 "the sparse gradient of a LoRA embedding can't be compiled: no operator may return a sparse "
                 "tensor. Take sparse=False, or leave this layer out with torch.compiler.disable"
             )
-        else:
-            operation = triton_kernels.SparseEmbedding.apply
         padding = -1 if padding_idx is None else padding_idx
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        return operation(tokens, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq, deterministic)
+        options = (scaling, padding, scale_grad_by_freq, deterministic, sparse)
+        return triton_kernels.embed(tokens, weight, lora_A, lora_B, *options)
     return plain_lora_embedding(
         tokens, weight, lora_A, lora_B, scaling, padding_idx, scale_grad_by_freq, sparse
     )

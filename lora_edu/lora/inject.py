@@ -46,7 +46,7 @@ def add_lora(
     An embedding whose table is also the head's (tied) is refused: with LoRA on one of the two, input and
     output would use different tables, and no single table could hold the merged one. `tied="separate"`
     accepts that: the other keeps W, whether merged or not. A tied layer that only a type or "all-linear" matches
-    is left out, with a warning, where that target has others.
+    is left out, with a warning, where others are left.
 
     Raises ValueError or TypeError that names the layer and the reason; the model is then unchanged.
     """
@@ -89,9 +89,8 @@ def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> 
                 built[id(layer)] = build(name, layer)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from None
-            if tied_to(
-                model, name
-            ):  # its own Parameter on the same memory: merging then leaves the other alone
+            # Its own Parameter on the same memory, so that merging leaves the other alone.
+            if tied_to(model, name):
                 built[id(layer)].weight = nn.Parameter(layer.weight.data, requires_grad=False)
     except BaseException:
         _set_trainable(model, trainable)
@@ -141,7 +140,9 @@ def unmerge_lora(model: nn.Module) -> None:
 def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
     """Put the very original modules back, trainable as they were, and forget the adapter; returns the model.
 
-    `merge=True` leaves W + ΔW in them. If one of them was tied to another layer, it is not afterwards.
+    What the adapter had trained beside LoRA (modules_to_save, biases, token rows) goes back, too.
+    `merge=True` leaves W + ΔW in them, and what stood beside LoRA. If one of them was tied to another layer, it is
+    not afterwards.
     """
     model = unwrap(model)
     layers = _some_lora(model)
@@ -165,6 +166,15 @@ def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if id(child) in originals:
                 setattr(parent, name, originals[id(child)])
+    beside = vars(model).pop("_beside_lora", None)
+    if beside is not None and not merge:
+        state = dict(_all_parameters(model)) | dict(model.named_buffers(remove_duplicate=False))
+        with torch.no_grad():
+            for name, original in beside.originals.items():
+                state[name].copy_(original)
+        for name, shared in beside.untied.items():
+            module, _, last = name.rpartition(".")
+            setattr(model.get_submodule(module), last, shared)
     vars(model).pop("resize_token_embeddings", None)
     if "_trainable_before_lora" in vars(model):
         _set_trainable(model, vars(model).pop("_trainable_before_lora"))
@@ -237,7 +247,7 @@ def _without_tied(model: nn.Module, found: dict[str, Target], targets: list[Targ
 
     tied = [name for name in found if left_out(name)]
     kept = {name: target for name, target in found.items() if name not in tied}
-    if not tied or set(kept.values()) != set(found.values()):
+    if not tied or not kept:
         return found
     others = dict.fromkeys(other for name in tied for other in tied_to(model, name))
     warnings.warn(

@@ -343,7 +343,8 @@ class LoRAEmbedding(LowRank, nn.Embedding):
                     self.sparse,
                 )
         except IndexError:  # from torch, on a CPU: it names neither the token nor the vocabulary
-            refuse_tokens(tokens, self.num_embeddings)
+            if self.check_tokens:
+                refuse_tokens(tokens, self.num_embeddings)
             raise
         return out if self.max_norm is None else clip_norm(out, self.max_norm, self.norm_type)
 

@@ -5,6 +5,8 @@ Triton is slow to import and has wheels for Linux alone. With TRITON_INTERPRET=1
 Triton, the same kernels run on a CPU, step by step in NumPy: slow, and good for learning and testing.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,88 +15,120 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+# Sizes that a table keeps (d, r, the rows' strides) are compiled in. The compiler then knows how far apart rows lie,
+# and so how wide a load may be: 16 bytes a thread wherever d and r allow it, which at r = 8 or d = 100 it could not
+# see from an argument. What changes from batch to batch it must not look at, or a new length would compile anew.
+@triton.jit(do_not_specialize=["length", "vocabulary", "padding"])
 def forward_kernel(
     tokens,  # (T,)
-    W,  # (V, d), rows W_stride apart
-    A,  # (V, r), rows A_stride apart
+    W,  # (V, d), rows W_STRIDE apart
+    A,  # (V, r), rows A_STRIDE apart
     B,  # (d, r)
     out,  # (T, d)
     length,  # T
     vocabulary,  # V
-    width,  # d
-    W_stride,
-    A_stride,
     padding,  # the padding token, -1 if there is none
     scaling: tl.float64,
-    RANK: tl.constexpr,
+    WIDTH: tl.constexpr,  # d
+    RANK: tl.constexpr,  # r
+    W_STRIDE: tl.constexpr,
+    A_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     FACTOR: tl.constexpr,
     SUM: tl.constexpr,
+    COLUMNS_FIRST: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    HINTS: tl.constexpr,
 ):
-    """A program makes a tile of out: BLOCK_T tokens × BLOCK_D columns. Tiles of the same tokens are neighbours."""
-    column_blocks = tl.cdiv(width, BLOCK_D)
-    program = tl.program_id(0)
-    t = (program // column_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    c = (program % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_batch, in_row = t < length, c < width
+    """A program makes a tile of out: BLOCK_T tokens × BLOCK_D columns, or several, if PERSISTENT.
 
-    token = tl.load(tokens + t, mask=in_batch, other=-1).to(tl.int64)
-    known = (token >= 0) & (token < vocabulary)
-    adapted = known & (token != padding)
+    Tiles of the same tokens are neighbours, or of the same columns, if COLUMNS_FIRST. HINTS to the cache: what is
+    written passes through, B stays.
+    """
+    column_blocks: tl.constexpr = tl.cdiv(WIDTH, BLOCK_D)
+    token_blocks = tl.cdiv(length, BLOCK_T)
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    last = token_blocks * column_blocks if PERSISTENT else first + 1
+    for tile in tl.range(first, last, programs, num_stages=STAGES if PERSISTENT else 1):
+        token_block = tile % token_blocks if COLUMNS_FIRST else tile // column_blocks
+        column_block = tile // token_blocks if COLUMNS_FIRST else tile % column_blocks
+        t = token_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        c = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
+        in_batch, in_row = t < length, c < WIDTH
 
-    update = tl.zeros((BLOCK_T, BLOCK_D), SUM)
-    for start in range(0, RANK, BLOCK_R):
-        k = start + tl.arange(0, BLOCK_R)
-        in_rank = k < RANK
-        a = tl.load(A + token[:, None] * A_stride + k, mask=adapted[:, None] & in_rank, other=0.0)
-        b = tl.load(B + c * RANK + k[:, None], mask=in_rank[:, None] & in_row, other=0.0)
-        update = tl.dot(a.to(FACTOR), b.to(FACTOR), update, input_precision="ieee", out_dtype=SUM)
+        token = tl.load(tokens + t, mask=in_batch, other=-1).to(tl.int64)
+        known = (token >= 0) & (token < vocabulary)
+        adapted = known & (token != padding)
 
-    w = tl.load(W + token[:, None] * W_stride + c, mask=known[:, None] & in_row, other=0.0)
-    row = w.to(SUM) + tl.full((1, 1), scaling, SUM) * update
-    row = tl.where(known[:, None], row, float("nan"))
-    place = out + t[:, None] * width + c
-    tl.store(place, row.to(out.dtype.element_ty), mask=in_batch[:, None] & in_row)
+        # W first: it is nearly all of the bytes, and is on its way while A is fetched and multiplied
+        w = tl.load(W + token[:, None] * W_STRIDE + c, mask=known[:, None] & in_row, other=0.0)
+        update = tl.zeros((BLOCK_T, BLOCK_D), SUM)
+        for start in range(0, RANK, BLOCK_R):
+            k = start + tl.arange(0, BLOCK_R)
+            in_rank = k < RANK
+            a = tl.load(A + token[:, None] * A_STRIDE + k, mask=adapted[:, None] & in_rank, other=0.0)
+            b = tl.load(
+                B + c * RANK + k[:, None],
+                mask=in_rank[:, None] & in_row,
+                other=0.0,
+                eviction_policy="evict_last" if HINTS else "",
+            )
+            update = tl.dot(a.to(FACTOR), b.to(FACTOR), update, input_precision="ieee", out_dtype=SUM)
+
+        row = w.to(SUM) + tl.full((1, 1), scaling, SUM) * update
+        row = tl.where(known[:, None], row, float("nan"))
+        tl.store(
+            out + t[:, None] * WIDTH + c,
+            row.to(out.dtype.element_ty),
+            mask=in_batch[:, None] & in_row,
+            eviction_policy="evict_first" if HINTS else "",
+        )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "vocabulary", "padding", "blocks_each"])
 def backward_kernel(
     tokens,  # (T,)
     G,  # (T, d), the gradient of out
-    A,  # (V, r), rows A_stride apart
+    A,  # (V, r), rows A_STRIDE apart
     B,  # (d, r)
-    dA_rows,  # (T, r), zero, to add to; (column blocks, T, r) if DETERMINISTIC
-    dB,  # (d, r), zero, to add to; (shares, d, r) if DETERMINISTIC
+    dA_rows,  # (T, r), zero, to add to; (column blocks, T, r) of anything if DETERMINISTIC
+    dB,  # (d, r), zero, to add to; (shares, d, r) of anything if DETERMINISTIC
     length,  # T
     vocabulary,  # V
-    width,  # d
-    A_stride,
     padding,  # the padding token, -1 if there is none
     blocks_each,  # token blocks in a share
     scaling: tl.float64,
-    RANK: tl.constexpr,
+    WIDTH: tl.constexpr,  # d
+    RANK: tl.constexpr,  # r
+    A_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     FACTOR: tl.constexpr,
     SUM: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
+    HINTS: tl.constexpr,
 ):
     """A program walks down BLOCK_D columns of G, over its share of the tokens. Each number of G is read once.
 
     The columns' rows of B are loaded before the walk and their gradient is summed in registers until its end;
-    each block of tokens adds s · G B over these columns to its rows.
+    each block of tokens adds s · G B over these columns to its rows. HINTS to the cache: G passes through.
+
+    The rows are added to by d / BLOCK_D programs each, four numbers at once (sm_90), in the cache: at T = 65 536 and
+    r = 16 they are 4 MB. DETERMINISTIC is the other scheme, in two passes: with 16 column blocks at d = 4096 it writes
+    and reads 134 MB more, a quarter of G. (To own tokens and walk over columns would add to dB from every block of
+    tokens instead: at BLOCK_T = 64 three and a half times as many additions.)
     """
     s = tl.full((1, 1), scaling, SUM)
-    column_blocks = tl.cdiv(width, BLOCK_D)
+    column_blocks: tl.constexpr = tl.cdiv(WIDTH, BLOCK_D)
     program = tl.program_id(0)
     share, column_block = program // column_blocks, program % column_blocks
     c = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_R)
-    in_row, in_rank = c < width, k < RANK
+    in_row, in_rank = c < WIDTH, k < RANK
     place_in_B, in_B = c[:, None] * RANK + k, in_row[:, None] & in_rank
     b = tl.load(B + place_in_B, mask=in_B, other=0.0).to(FACTOR)
     dB_sum = tl.zeros((BLOCK_D, BLOCK_R), SUM)
@@ -105,9 +139,15 @@ def backward_kernel(
         in_batch = t < length
         token = tl.load(tokens + t, mask=in_batch, other=-1).to(tl.int64)
         adapted = (token >= 0) & (token < vocabulary) & (token != padding)
-        a = tl.load(A + token[:, None] * A_stride + k, mask=adapted[:, None] & in_rank, other=0.0)
-        g = tl.load(G + t[:, None] * width + c, mask=in_batch[:, None] & in_row, other=0.0).to(FACTOR)
+        a = tl.load(A + token[:, None] * A_STRIDE + k, mask=adapted[:, None] & in_rank, other=0.0)
+        g = tl.load(
+            G + t[:, None] * WIDTH + c,
+            mask=in_batch[:, None] & in_row,
+            other=0.0,
+            eviction_policy="evict_first" if HINTS else "",
+        ).to(FACTOR)
         rows = s * tl.dot(g, b, input_precision="ieee", out_dtype=SUM)
+        # tl.trans moves nothing: the tensor cores read G's tile in shared memory either way round (wgmma)
         dB_sum = tl.dot(tl.trans(g), a.to(FACTOR), dB_sum, input_precision="ieee", out_dtype=SUM)
         place_in_A, in_A = t[:, None] * RANK + k, adapted[:, None] & in_rank
         if DETERMINISTIC:
@@ -117,31 +157,42 @@ def backward_kernel(
             tl.atomic_add(dA_rows + place_in_A, rows, mask=in_A, sem="relaxed")
 
     if DETERMINISTIC:
-        tl.store(dB + tl.cast(share, tl.int64) * width * RANK + place_in_B, s * dB_sum, mask=in_B)
+        tl.store(dB + tl.cast(share, tl.int64) * WIDTH * RANK + place_in_B, s * dB_sum, mask=in_B)
     else:
         tl.atomic_add(dB + place_in_B, s * dB_sum, mask=in_B, sem="relaxed")
 
 
 # From tensors to kernels
 
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-PROGRAMS_EACH = 4  # of the backward kernel, for each of a GPU's multiprocessors
 
 
 class Blocks(NamedTuple):
-    """A program's tile: tokens × columns, numbers of the rank at a time; warps at work, loads on their way."""
+    """A program's tile: tokens × columns, numbers of the rank at a time; warps at work, loads on their way.
+
+    `programs`: how many run for each of a GPU's multiprocessors, each with its share of the work; 0 (forward only):
+    as many as there are tiles. `columns_first` (forward only) and `hints`: see the kernels.
+    """
 
     tokens: int
     columns: int
     rank: int
     warps: int
     stages: int
+    programs: int = 0
+    columns_first: bool = False
+    hints: bool = False
+
+
+# Tiles that a search on a card found best, and where: (kernel, bytes a number, r, d, T) → Blocks. Written by
+# `python tools/on_a_gpu.py --apply`; used on cards of the same compute capability. Empty: none has been measured yet.
+MEASURED_ON: dict[str, object] = {}
+MEASURED: dict[tuple[str, int, int, int, int], Blocks] = {}
 
 
 def forward_blocks(width: int, rank: int, dtype: torch.dtype) -> Blocks:
@@ -156,28 +207,79 @@ def backward_blocks(width: int, rank: int, dtype: torch.dtype) -> Blocks:
     most, sums = {2: (256, 16384), 4: (128, 4096), 8: (64, 2048)}[dtype.itemsize]
     columns = at_most(min(most, sums // block_r), width)
     if dtype.itemsize == 2:
-        return Blocks(64 if block_r <= 32 else 32, columns, block_r, 8, 3)
-    return Blocks(128 // dtype.itemsize, columns, block_r, 8, 2)
+        return Blocks(64 if block_r <= 32 else 32, columns, block_r, 8, 3, programs=4)
+    return Blocks(128 // dtype.itemsize, columns, block_r, 8, 3 if dtype.itemsize == 4 else 2, programs=4)
 
 
 def at_most(largest: int, needed: int) -> int:
-    """The smallest power of two that holds `needed`, from 16, the least that tl.dot multiplies, to `largest`."""
+    """The smallest power of two that holds `needed`, from 16, the least that tl.dot multiplies, to `largest`.
+
+    So r = 8 multiplies 8 columns of zeros. They are masked, not read, and at d = 4096 the product takes less than a
+    thirtieth of the time that the bytes take (an H100, by its published figures).
+    """
     return max(16, min(largest, triton.next_power_of_2(needed)))
 
 
+class Card(NamedTuple):
+    capability: tuple[int, int]
+    processors: int
+
+
+@functools.cache
+def card(device: torch.device) -> Card:
+    """What decides the tiles and the number of programs; a CPU stands for one multiprocessor of no kind."""
+    if device.type != "cuda":
+        return Card((0, 0), 1)
+    found = torch.cuda.get_device_properties(device)
+    return Card((found.major, found.minor), found.multi_processor_count)
+
+
+def blocks_for(kernel: str, width: int, rank: int, dtype: torch.dtype, length: int, where: Card) -> Blocks:
+    """The tile for T = `length` tokens: the measured one of the nearest r, d and T, else by rule.
+
+    kernel: "forward" or "backward"; dtype: lora_A's, or, backward, what G and lora_A promote to.
+    """
+    if where.capability == MEASURED_ON.get("capability"):
+        found = nearest(kernel, dtype.itemsize, rank, width, triton.next_power_of_2(length))
+        if found:
+            return found
+    return (forward_blocks if kernel == "forward" else backward_blocks)(width, rank, dtype)
+
+
+@functools.cache
+def nearest(kernel: str, itemsize: int, rank: int, width: int, length: int) -> Blocks | None:
+    """The measured tile whose r, d and T are the fewest doublings away, of those that pad r to the same number."""
+    alike = lambda key: key[:2] == (kernel, itemsize) and at_most(256, key[2]) == at_most(256, rank)
+    away = lambda key: sum(
+        abs(math.log2(x / max(1, y))) for x, y in zip(key[2:], (rank, width, length), strict=True)
+    )
+    return MEASURED[min(filter(alike, MEASURED), key=away)] if any(map(alike, MEASURED)) else None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs these kernels in NumPy, as TRITON_INTERPRET was set when it was imported."""
+    return not isinstance(forward_kernel, triton.JITFunction)
+
+
 def constants(rank: int, blocks: Blocks, factor: torch.dtype, total: torch.dtype) -> dict:
-    """What is compiled into a kernel; the interpreter multiplies in the sum's dtype, as NumPy has no bfloat16."""
+    """What is compiled into both kernels; the interpreter multiplies in the sum's dtype: NumPy has no bfloat16."""
     return {
         "RANK": rank,
         "BLOCK_T": blocks.tokens,
         "BLOCK_D": blocks.columns,
         "BLOCK_R": blocks.rank,
-        "FACTOR": TRITON_DTYPES[total if INTERPRETED else factor],
+        "FACTOR": TRITON_DTYPES[total if interpreted() else factor],
         "SUM": TRITON_DTYPES[total],
+        "HINTS": blocks.hints,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
         "enable_fp_fusion": True,
     }
+
+
+def launch(kernel, programs: int, **arguments) -> None:
+    """Runs `programs` of the kernel on the current device; the one place that does."""
+    kernel[(programs,)](**arguments)
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
@@ -197,28 +299,35 @@ def look_up(
 ) -> Tensor:
     """out[t] = W[t] + s · A[t] Bᵀ in W's dtype, by the forward kernel; W[t] alone where t is `padding`.
 
-    A token outside the vocabulary reads nothing: its row of out is NaN. Shapes as lora_embedding's.
+    A token outside the vocabulary reads nothing: its row of out is NaN. Shapes as lora_embedding's. One launch, if
+    tokens and lora_B are contiguous.
     """
     width, rank = lora_B.shape
     out = weight.new_empty((*tokens.shape, width))
     length = tokens.numel()
     if length:
-        blocks = blocks or forward_blocks(width, rank, lora_A.dtype)
-        programs = triton.cdiv(length, blocks.tokens) * triton.cdiv(width, blocks.columns)
+        where = card(out.device)
+        blocks = blocks or blocks_for("forward", width, rank, lora_A.dtype, length, where)
+        tiles = triton.cdiv(length, blocks.tokens) * triton.cdiv(width, blocks.columns)
         with torch.cuda.device_of(out):
-            forward_kernel[(programs,)](
-                tokens.contiguous(),
-                weight,
-                lora_A,
-                lora_B.contiguous(),
-                out,
-                length,
-                weight.shape[0],
-                width,
-                weight.stride(0),
-                lora_A.stride(0),
-                padding,
-                scaling,
+            launch(
+                forward_kernel,
+                min(tiles, blocks.programs * where.processors) if blocks.programs else tiles,
+                tokens=tokens.contiguous(),
+                W=weight,
+                A=lora_A,
+                B=lora_B.contiguous(),
+                out=out,
+                length=length,
+                vocabulary=weight.shape[0],
+                padding=padding,
+                scaling=scaling,
+                WIDTH=width,
+                W_STRIDE=weight.stride(0),
+                A_STRIDE=lora_A.stride(0),
+                COLUMNS_FIRST=blocks.columns_first,
+                PERSISTENT=blocks.programs > 0,
+                STAGES=blocks.stages,
                 **constants(rank, blocks, lora_A.dtype, sum_dtype(weight, lora_A)),
             )
     return out
@@ -240,40 +349,87 @@ def gradients(
     digit may change from run to run; if `deterministic`, each writes its own, which are then summed in order.
     """
     width, rank = lora_B.shape
-    length, total = tokens.numel(), sum_dtype(G, lora_A)
+    length, total, where = tokens.numel(), sum_dtype(G, lora_A), card(G.device)
     factor = torch.promote_types(G.dtype, lora_A.dtype)
-    blocks = blocks or backward_blocks(width, rank, factor)
+    blocks = blocks or blocks_for("backward", width, rank, factor, length, where)
     column_blocks, token_blocks = triton.cdiv(width, blocks.columns), triton.cdiv(length, blocks.tokens)
-    processors = torch.cuda.get_device_properties(G.device).multi_processor_count if G.is_cuda else 1
-    shares = max(1, min(token_blocks, triton.cdiv(PROGRAMS_EACH * processors, column_blocks)))
+    shares = max(1, min(token_blocks, triton.cdiv(blocks.programs * where.processors, column_blocks)))
     blocks_each = triton.cdiv(token_blocks, shares)
     shares = triton.cdiv(token_blocks, blocks_each) if length else 0
-    rows = G.new_zeros((column_blocks if deterministic else 1, length, rank), dtype=total)
-    dB = G.new_zeros((shares if deterministic else 1, width, rank), dtype=total)
+    rows, dB = room(G, column_blocks, shares, length, (width, rank), total, deterministic)
     if length:
         with torch.cuda.device_of(G):
-            backward_kernel[(shares * column_blocks,)](
-                tokens.contiguous(),
-                G.contiguous(),
-                lora_A,
-                lora_B.contiguous(),
-                rows,
-                dB,
-                length,
-                lora_A.shape[0],
-                width,
-                lora_A.stride(0),
-                padding,
-                blocks_each,
-                scaling,
+            launch(
+                backward_kernel,
+                shares * column_blocks,
+                tokens=tokens.contiguous(),
+                G=G.contiguous(),
+                A=lora_A,
+                B=lora_B.contiguous(),
+                dA_rows=rows,
+                dB=dB,
+                length=length,
+                vocabulary=lora_A.shape[0],
+                padding=padding,
+                blocks_each=blocks_each,
+                scaling=scaling,
+                WIDTH=width,
+                A_STRIDE=lora_A.stride(0),
                 DETERMINISTIC=deterministic,
                 **constants(rank, blocks, factor, total),
             )
-    rows, dB = (each.sum(0) if deterministic else each[0] for each in (rows, dB))
-    return rows.to(lora_A.dtype), dB.to(lora_B.dtype)
+    if deterministic:
+        return rows.sum(0).to(lora_A.dtype), dB.sum(0).to(lora_B.dtype)
+    return rows[0].to(lora_A.dtype), dB[0].to(
+        lora_B.dtype, copy=True
+    )  # else it would keep the rows in memory
 
 
-# As operators of PyTorch's, with gradients, which torch.compile takes whole
+def room(
+    like: Tensor,
+    column_blocks: int,
+    shares: int,
+    length: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """Where the backward kernel puts A's rows, (·, T, r), and B's gradient, (·, d, r).
+
+    Zeros to add to, in one piece: one launch fills both. If `deterministic` every number is written, once: no zeros.
+    """
+    width, rank = shape
+    if deterministic:
+        return tuple(
+            like.new_empty((pieces, side, rank), dtype=dtype)
+            for pieces, side in ((column_blocks, length), (shares, width))
+        )
+    begin = triton.cdiv(width * rank, 16) * 16  # so that the rows, too, begin at a multiple of 16 bytes
+    both = like.new_zeros(begin + length * rank, dtype=dtype)
+    return both[begin:].view(1, length, rank), both[: width * rank].view(1, width, rank)
+
+
+# With gradients: as operators of PyTorch's, which torch.compile takes whole, and as a function for every other call
+
+
+def embed(
+    tokens: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding: int,
+    scale_grad_by_freq: bool,
+    deterministic: bool,
+    sparse: bool,
+) -> Tensor:
+    """The look-up with its gradient; `sparse` is not for torch.compile.
+
+    An operator's way through PyTorch's dispatcher takes a CPU several times as long as a function's, and at 4096 tokens
+    longer than a GPU needs for the work: so it is for the compiler only, which can't look into the kernels.
+    """
+    inputs = (tokens, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq, deterministic)
+    return embedding_op(*inputs) if torch.compiler.is_compiling() else Embedding.apply(*inputs, sparse)
 
 
 @torch.library.custom_op("lora_edu::lora_embedding", mutates_args=())
@@ -325,6 +481,12 @@ def gather(rows: Tensor, tokens: Tensor, vocabulary: int, padding: int, scale_gr
     return torch.ops.aten.embedding_dense_backward(rows, known, vocabulary, padding, scale_grad_by_freq)
 
 
+def scatter(rows: Tensor, tokens: Tensor, lora_A: Tensor) -> Tensor:
+    """The rows of dA as a sparse (V, r) tensor that holds one for each place, repeats too."""
+    places = tokens.flatten().clamp(0, lora_A.shape[0] - 1).long()
+    return torch.sparse_coo_tensor(places[None], rows, lora_A.shape, check_invariants=False)
+
+
 def keep(ctx, inputs, output) -> None:
     tokens, _, lora_A, lora_B, *ctx.options = inputs
     ctx.save_for_backward(tokens, lora_A, lora_B)
@@ -338,8 +500,8 @@ def backward(ctx, G: Tensor) -> tuple:
 embedding_op.register_autograd(backward, setup_context=keep)
 
 
-class SparseEmbedding(torch.autograd.Function):
-    """The same with a sparse dA, (V, r), that holds a row a token of the batch. No operator may return one."""
+class Embedding(torch.autograd.Function):
+    """The same as embedding_op, and with `sparse`, the last input, a sparse gradient of A."""
 
     @staticmethod
     def forward(ctx, *inputs) -> Tensor:
@@ -350,8 +512,9 @@ class SparseEmbedding(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, G: Tensor) -> tuple:
         tokens, lora_A, lora_B = ctx.saved_tensors
-        scaling, padding, _, deterministic = ctx.options
+        scaling, padding, by_frequency, deterministic, sparse = ctx.options
         rows, dB = gradients(G, tokens, lora_A, lora_B, scaling, padding, deterministic)
-        places = tokens.flatten().clamp(0, lora_A.shape[0] - 1).long()
-        dA = torch.sparse_coo_tensor(places[None], rows, lora_A.shape, check_invariants=False)
-        return None, None, dA, dB, None, None, None, None
+        vocabulary = lora_A.shape[0]
+        dense = lambda: gather(rows, tokens, vocabulary, padding, by_frequency)
+        dA = scatter(rows, tokens, lora_A) if sparse else dense()
+        return None, None, dA, dB, None, None, None, None, None

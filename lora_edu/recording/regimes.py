@@ -1,32 +1,32 @@
-"""The map of regimes: full tuning of TinyLM over rates and steps, on a far task and a near one.
+"""The map of regimes: full tuning of TinyLM over rates and steps, on a far task and a near one; LoRA beside it.
 
 Each run has its own schedule and its own ΔW, whose spectra and the losses of its cuts are written down: what each rank
-keeps. One gentle ΔW ships. The reader of the rows is `lora_edu.data.runs.load_regimes`.
+keeps. One gentle ΔW ships. The reader of the rows is `lora_edu.data.load_regimes`.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
 
 import torch
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from lora_edu import lowrank
 from lora_edu.data import corpus, shipped
-from lora_edu.data.runs import BATCH, RANKS
+from lora_edu.data.runs import RANKS
 from lora_edu.lora import add_lora, lora_layers, merge_lora, remove_lora
 from lora_edu.paths import write_atomically
 from lora_edu.recording.run import TARGETS
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
 
+BATCH = 4  # half of the sweeps', so that the whole map is an hour of one core
 RATES, STEPS = (3e-4, 1e-3, 3e-3, 6e-3), (25, 50, 100, 200)
 CORNERS = [(rate, steps) for rate in (RATES[0], RATES[-1]) for steps in (STEPS[0], STEPS[-1])]
-NEAR_RATES, NEAR_STEPS = (3e-4, 1e-3, 3e-3), (25, 100)
+NEAR_RATES, NEAR_STEPS = (3e-4, 1e-3, 3e-3), (100, 25)
 GENTLE = {"task": "far", "rate": 1e-3, "steps": 100, "seed": 0}
 LORA_RATES = (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
 LORA_RANKS, LORA_STEPS = (1, 4, 8), 100
@@ -36,10 +36,15 @@ KIND_RANKS = (1, 8, 32)  # ranks to which one kind at a time is cut
 
 def wanted() -> list[dict]:
     """The runs of full tuning, those of most worth first: a whole rectangle is there early."""
-    order = [(rate, steps) for steps in (100, 50, 25, 200) for rate in RATES]
-    runs = [{"task": "far", "rate": rate, "steps": steps, "seed": 0} for rate, steps in order]
-    runs += [{"task": "near", "rate": r, "steps": n, "seed": 0} for n in NEAR_STEPS for r in NEAR_RATES]
-    return runs + [
+    far = [(rate, steps) for steps in (100, 25, 200, 50) for rate in RATES]
+    near = [(rate, steps) for steps in NEAR_STEPS for rate in NEAR_RATES]
+    runs = [{"task": "far", "rate": rate, "steps": steps, "seed": 0} for rate, steps in far]
+    return runs + [{"task": "near", "rate": rate, "steps": steps, "seed": 0} for rate, steps in near]
+
+
+def wanted_seeds() -> list[dict]:
+    """The corners of the far map again, two more seeds."""
+    return [
         {"task": "far", "rate": rate, "steps": steps, "seed": seed}
         for seed in (1, 2)
         for rate, steps in CORNERS
@@ -65,34 +70,31 @@ def name_of(run: Mapping) -> str:
 
 @cache
 def texts(task: str) -> dict[str, Tensor]:
-    """far: code → numpy's and matplotlib's docstrings. near: a model of numpy's docstrings → matplotlib's.
+    """far: code → docstrings. near: a model tuned to docstrings → docstrings of files that it has not seen.
 
-    "held out" is what losses are measured on: of the far task every fourth window of 256 tokens of the test split,
-    as in chapter 03; of the near one, whose test split is small, all of validation and test.
+    "held out" is what losses are measured on: 30 windows of 256 tokens, spread evenly over the test split (far), or
+    over every fourth piece of 2048 tokens of validation and test together, whose other pieces are the near task's text.
     """
+    text = corpus.load_corpus("reference")
     if task == "far":
-        text = corpus.load_corpus("reference")
-        return {"train": text.train, "held out": text.test.unfold(0, 256, 1024).flatten()}
-    text = corpus.load_package("matplotlib")
-    held_out = torch.cat([text["validation"], text["test"]])
-    return {
-        "train": text["train"],
-        "held out": held_out.unfold(0, 256, max(256, len(held_out) // 60)).flatten(),
-    }
+        return {"train": text.train, "held out": _windows(text.test)}
+    unseen = torch.cat([text.validation, text.test])
+    pieces = unseen[: len(unseen) // 2048 * 2048].view(-1, 2048)
+    fourth = torch.arange(len(pieces)) % 4 == 3
+    return {"train": pieces[~fourth].flatten(), "held out": _windows(pieces[fourth].flatten())}
 
 
-def start(task: str, folder: Path) -> dict[str, Tensor]:
-    """The weights before tuning; those of the near task are made once: the base tuned to numpy's docstrings."""
+def _windows(tokens: Tensor, number: int = 30) -> Tensor:
+    return tokens.unfold(0, 256, len(tokens) // number)[:number].flatten()
+
+
+def start(task: str) -> dict[str, Tensor]:
+    """The weights before tuning: the base (far), or the base with the shipped ΔW of seed 0 merged (near)."""
     base = shipped.load_checkpoint("base")
     if task == "far":
         return base
-    path = folder / "near start.safetensors"
-    if not path.is_file():
-        model = TinyLM.from_state_dict(base)
-        _fit(model, corpus.load_package("numpy")["train"], 3e-3, 200, 0, folder / "near start.run")
-        half = {name: each.detach().half() for name, each in model.state_dict().items()}
-        write_atomically(path, save_safetensors(half))
-    return {name: each.float() for name, each in sorted(load_safetensors(path.read_bytes()).items())}
+    delta = shipped.load_checkpoint("reference_seed_0")
+    return {name: W + delta[name] for name, W in base.items()}
 
 
 # ---- one run -------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def record(run: Mapping, folder: Path) -> dict:
     path = folder / f"{name_of(run)}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    before = start(run["task"], folder)
+    before = start(run["task"])
     model = TinyLM.from_state_dict(before)
     text = texts(run["task"])
     groups = None
@@ -121,9 +123,10 @@ def record(run: Mapping, folder: Path) -> dict:
     if "rank" not in run:
         write_atomically(path.with_suffix(".safetensors"), save_safetensors(delta))
     row = dict(run) | {"method": "lora" if "rank" in run else "full", "seconds": round(history.seconds, 1)}
-    row |= losses_of(before, delta, text["held out"], cuts="rank" not in run)
+    delta = {name: change.float() for name, change in delta.items()}
+    row |= losses_of(before, delta, text["held out"])
     if "rank" not in run:
-        row["spectra"] = spectra_of(delta, before)
+        row |= cuts_of(before, delta, text["held out"])
     write_atomically(path, json.dumps(row).encode())
     return row
 
@@ -155,54 +158,67 @@ def _lora_groups(model, rate: float) -> list[dict]:
     ]
 
 
-def losses_of(before: Mapping[str, Tensor], delta: Mapping[str, Tensor], tokens: Tensor, cuts: bool) -> dict:
-    """Nats a token before, after, and with ΔW cut: everything to each rank, then one kind at a time.
-
-    Biases and norms keep all of theirs throughout.
-    """
-    delta = {name: change.float() for name, change in delta.items()}
-    loss = lambda change: round(
-        evaluate(TinyLM.from_state_dict({n: W + change[n] for n, W in before.items()}), tokens), 4
-    )
+def losses_of(before: Mapping[str, Tensor], delta: Mapping[str, Tensor], tokens: Tensor) -> dict[str, float]:
+    """{"before", "after"}: nats a token of W and of W + ΔW."""
     none = {name: torch.zeros_like(W) for name, W in before.items()}
-    found = {"before": loss(none), "after": loss(delta)}
-    if not cuts:
-        return found
+    return {"before": _loss(before, none, tokens), "after": _loss(before, delta, tokens)}
+
+
+def cuts_of(before: Mapping[str, Tensor], delta: Mapping[str, Tensor], tokens: Tensor) -> dict[str, dict]:
+    """ "cut": rank → nats a token with every ΔW cut to it; "one_kind_cut": kind → rank → with that kind alone cut;
+    "spectra": kind → `spectrum_of`.
+
+    Biases and norms keep all of theirs. What cutting one kind adds is measured on every third window and added to the
+    loss of the whole ΔW: it is small, and the windows are the same with and without the cut.
+    """
     parts = {name: lowrank.svd(change) for name, change in delta.items() if change.dim() == 2}
     cut = lambda r, kinds: {
         name: (parts[name].U[:, :r] * parts[name].S[:r]) @ parts[name].Vh[:r]
         for name in parts
         if kind_of(name) in kinds
     }
-    found["cut"] = {str(r): loss(delta | cut(r, KINDS)) for r in RANKS}
-    found["one_kind_cut"] = {
-        kind: {str(r): loss(delta | cut(r, (kind,))) for r in KIND_RANKS} for kind in KINDS
-    }
-    return found
-
-
-def spectra_of(delta: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, dict]:
-    """Kind → ‖ΔW‖/‖W_o‖ of all its layers together, means over layers of ranks and energy, σ/‖ΔW‖ of one layer.
-
-    "all" has the first alone, of every matrix of the model together.
-    """
-    found, sums = {}, [0.0, 0.0]
-    for kind in KINDS:
-        names = [name for name, W in before.items() if W.dim() == 2 and kind_of(name) == kind]
-        values = [torch.linalg.svdvals(delta[name].float()) for name in names]
-        change = sum(float(S.square().sum()) for S in values)
-        weight = sum(float(before[name].square().sum()) for name in names)
-        sums = [sums[0] + change, sums[1] + weight]
-        middle = values[len(values) // 2]
-        found[kind] = {
-            "size": _rounded((change / weight) ** 0.5),
-            "rank_90": _rounded(mean(lowrank.rank_for_energy(S, 0.9) for S in values)),
-            "stable": _rounded(mean(lowrank.stable_rank(S) for S in values)),
-            "effective": _rounded(mean(lowrank.effective_rank(S) for S in values)),
-            "energy_8": _rounded(mean(float(lowrank.energy(S)[7]) for S in values)),
-            "sigma": [_rounded(s) for s in middle / middle.norm()],
+    loss = lambda change: _loss(before, change, tokens)
+    some = tokens.view(-1, 256)[::3].flatten()
+    on_some = lambda change: _loss(before, change, some)
+    whole, whole_on_some = loss(delta), on_some(delta)
+    added = lambda kind, r: on_some(delta | cut(r, (kind,))) - whole_on_some
+    return {
+        "cut": {str(r): loss(delta | cut(r, KINDS)) for r in RANKS},
+        "one_kind_cut": {
+            kind: {str(r): round(whole + added(kind, r), 4) for r in KIND_RANKS} for kind in KINDS
+        },
+        "spectra": {
+            kind: spectrum_of(
+                [(parts[n].S, W) for n, W in before.items() if n in parts and kind_of(n) == kind]
+            )
+            for kind in KINDS
         }
-    return found | {"all": {"size": _rounded((sums[0] / sums[1]) ** 0.5)}}
+        | {"all": {"size": _size([(parts[name].S, before[name]) for name in parts])}},
+    }
+
+
+def _loss(before: Mapping[str, Tensor], delta: Mapping[str, Tensor], tokens: Tensor) -> float:
+    return round(evaluate(TinyLM.from_state_dict({n: W + delta[n] for n, W in before.items()}), tokens), 4)
+
+
+def spectrum_of(layers: Sequence[tuple[Tensor, Tensor]]) -> dict:
+    """Of a kind's layers, each (singular values of ΔW, W): size, ‖ΔW‖/‖W‖ of all together; means over the layers of
+    rank_90, stable and effective rank and the energy within 8; sigma, σ/‖ΔW‖ of the middle layer."""
+    values = [S for S, _ in layers]
+    middle = values[len(values) // 2]
+    return {
+        "size": _size(layers),
+        "rank_90": _rounded(mean(lowrank.rank_for_energy(S, 0.9) for S in values)),
+        "stable": _rounded(mean(lowrank.stable_rank(S) for S in values)),
+        "effective": _rounded(mean(lowrank.effective_rank(S) for S in values)),
+        "energy_8": _rounded(mean(float(lowrank.energy(S)[7]) for S in values)),
+        "sigma": [_rounded(s) for s in middle / middle.norm()],
+    }
+
+
+def _size(layers: Sequence[tuple[Tensor, Tensor]]) -> float:
+    change, weight = (sum(float(each.square().sum()) for each in some) for some in zip(*layers, strict=True))
+    return _rounded((change / weight) ** 0.5)
 
 
 def kind_of(name: str) -> str:
@@ -218,10 +234,11 @@ def _rounded(value: float) -> float:
 
 
 def record_all(folder: Path, tell: Callable[[str], None] = print) -> Iterator[dict]:
-    """Every row, one after the other: full tuning, then LoRA at each rate, then two more seeds at its best ones."""
+    """Every row, one after the other: full tuning, LoRA at each rate, then two more seeds of the corners and of LoRA's
+    best rates."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = []
-    for run in (*wanted(), *wanted_lora()):
+    for run in (*wanted(), *wanted_lora(), *wanted_seeds()):
         tell(name_of(run))
         row = record(run, folder)
         trained += [row] if "rank" in row else []

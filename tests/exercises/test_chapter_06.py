@@ -1,10 +1,13 @@
 """Each check of chapter 06 says 'right' to the right answer and names the mistake in the typical wrong one."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_edu import exercises
+from lora_edu.counting.traffic import linear_bytes, look_up_bytes
+from lora_edu.exercises import chapter_06 as exercises
 
 W, A, B = exercises.loralib_factors()
 s = 16 / 3
@@ -12,6 +15,21 @@ s = 16 / 3
 
 def look_up(tokens, W, A, B, scaling):
     return W[tokens] + scaling * A[tokens] @ B.T
+
+
+def simulated(tokens, zero, V):
+    """Exercise 3 by doing it: one step of SGD on random numbers."""
+    generator = torch.Generator().manual_seed(1)
+    A, B = (torch.randn(side, 2, generator=generator) for side in (V, 6))
+    A, B = (A * (zero == "B")).requires_grad_(), (B * (zero == "A")).requires_grad_()
+    G = torch.randn(len(tokens), 6, generator=generator)
+    ((A[torch.tensor(tokens)] @ B.T) * G).sum().backward()
+    with torch.no_grad():
+        return int(((A - 0.1 * A.grad) @ (B - 0.1 * B.grad).T).ne(0).any(dim=1).sum())
+
+
+def padded(r):
+    return max(16, 2 ** math.ceil(math.log2(r)))
 
 
 # (check, answer, what the reply must say), each answer written out as a student would work it out
@@ -35,19 +53,28 @@ CASES = [
     (2, 4, "padding row"),
     (2, 0, "its gradient is not"),
     (2, 20, "looked up"),
-    (3, 10_000, "right"),
-    (3, 5, "only those seen"),
-    (3, 0, "B's is not"),
-    (3, 8, "that is r"),
-    (3, 9995, "as well"),
-    (4, 8 + 4 * (100 + 8 + 100), "right"),
-    (4, 8 + 4 * (100 + 8), "the write is forgotten"),
-    (4, 4 * (100 + 8 + 100), "id has to be read"),
-    (4, 208, "4 bytes each"),
-    (4, 808, "A's row"),
-    (4, 4 * 10_000 * 108, "all V rows"),
-    (4, 4 * 8 * 10_100, "all of A and B"),
-    (4, 840 + 4 * 800, "once for the whole batch"),
+    (3, lambda tokens, zero, V: len(set(tokens)) if zero == "A" else V, "right"),
+    (3, simulated, "right"),
+    (3, lambda tokens, zero, V: len(tokens) if zero == "A" else V, "counts places"),
+    (3, lambda tokens, zero, V: len(set(tokens)), "only those seen"),
+    (3, lambda tokens, zero, V: V, "all rows is what B = 0 does"),
+    (3, lambda tokens, zero, V: V if zero == "A" else len(set(tokens)), "exchanged"),
+    (3, lambda tokens, zero, V: len(set(tokens)) if zero == "A" else V - len(set(tokens)), "as well"),
+    (3, lambda tokens, zero, V: len(set(tokens)) if zero == "A" else 0, "B's is not"),
+    (3, lambda tokens, zero, V: 7, "too large"),
+    (3, lambda tokens: 3, "raises TypeError"),
+    (3, 20, "is a function"),
+    (4, lambda d, r, each: 8 + each * (2 * d + r), "right"),
+    (4, lambda d, r, each: 8 + each * (d + r), "the write is forgotten"),
+    (4, lambda d, r, each: each * (d + r + d), "id has to be read"),
+    (4, lambda d, r, each: 2 * d + r, "`each` bytes"),
+    (4, lambda d, r, each: 8 + each * 2 * d, "A's row"),
+    (4, lambda d, r, each: each * (1 + 2 * d + r), "whatever a number takes"),
+    (4, lambda d, r, each: 8 + each * (2 * d + r + d * r), "once for the whole batch"),
+    (4, lambda d, r, each: each * 10_000 * (d + r), "too large"),
+    (4, lambda d, r, each: float("nan"), "it gives nan"),
+    (4, lambda d, r, each: None, "is no number"),
+    (4, 840, "is a function"),
     (5, look_up, "right"),
     (5, lambda t, W, A, B, s: F.embedding(t, W) + s * F.linear(F.embedding(t, A), B), "right"),
     (5, lambda t, W, A, B, s: (W + s * A @ B.T)[t], "Look up first"),
@@ -60,18 +87,26 @@ CASES = [
     (5, lambda t, W, A, B, s: None, "return its result"),
     (5, lambda t, W, A, B, s: W, "(2, 5, 6)"),
     (5, 8, "is a function"),
-    (6, 0.375, "right"),
-    (6, 20 / 32, "share that is used"),
-    (6, 0.6, "of all R"),
-    (6, 37.5, "per cent"),
-    (6, 44 / 64, "32 is enough"),
-    (6, "half", "one number"),
-    (7, 2 * 4096 * 17 / (8 + 2 * (4096 + 16 + 4096)), "right"),
-    (7, 2 * 4096 * 17 / (8 + 2 * (4096 + 16)), "the write is forgotten"),
-    (7, 2 * 4096 * 17 / (8 + 4 * (4096 + 16 + 4096)), "2 bytes a number"),
-    (7, 2 * 4096 * 17 / (8 + 4 * 4096), "A's row"),
-    (7, 4096 * 17 / (8 + 2 * (4096 + 16 + 4096)), "two operations"),
-    (7, float("nan"), "not yet"),
+    (6, lambda r: 1 - r / padded(r), "right"),
+    (6, lambda r: r / padded(r), "share that is used"),
+    (6, lambda r: padded(r) / r - 1, "of all R"),
+    (6, lambda r: padded(r) - r, "how many numbers"),
+    (6, lambda r: 100 * (1 - r / padded(r)), "per cent"),
+    (6, lambda r: 1 - r / (16 * math.ceil(r / 16)), "33 needs 64"),
+    (6, lambda r: 1 - r / 2 ** math.ceil(math.log2(r)), "at least 16"),
+    (6, lambda r: 1 - r / 64, "too large"),
+    (6, 0.375, "is a function"),
+    (7, lambda N, d, r: 2 * (5 * N * d + 4 * N * r + 2 * d * r), "right"),
+    (7, lambda N, d, r: 5 * N * d + 4 * N * r + 2 * d * r, "2 bytes each"),
+    (7, lambda N, d, r: 4 * (5 * N * d + 4 * N * r + 2 * d * r), "not 4"),
+    (7, lambda N, d, r: 2 * (4 * N * d + 4 * N * r + 2 * d * r), "one array of N · d is missing"),
+    (7, lambda N, d, r: 2 * (2 * N * d + 4 * N * r + 2 * d * r), "left out"),
+    (7, lambda N, d, r: 2 * (5 * N * d + 2 * N * r + 2 * d * r), "s * low"),
+    (7, lambda N, d, r: 2 * (5 * N * d + 4 * N * r), "A and B"),
+    (7, lambda N, d, r: 2 * (7 * N * d + 4 * N * r + 2 * d * r + d * d), "x @ W.T"),
+    (7, lambda N, d, r: 2 * (7 * N * d + 2 * N * r + 2 * d * r), "as loralib does it"),
+    (7, lambda N, d, r: 2 * N * d, "too small"),
+    (7, 8, "is a function"),
     (8, (8, 1), "right"),
     (8, [8, 1], "right"),
     (8, torch.tensor([8, 1]), "right"),
@@ -102,7 +137,7 @@ def test_an_open_exercise_gets_a_hint(number):
 
 
 def test_the_answers_are_what_a_layer_does():
-    """Exercises 1 to 3 on our own layer: the checks' arithmetic is not only arithmetic."""
+    """Exercises 1 and 2 on our own layer: the checks' arithmetic is not only arithmetic."""
     from lora_edu.lora import LoRAEmbedding
 
     layer = LoRAEmbedding(20, 4, 3, 16)
@@ -113,11 +148,13 @@ def test_the_answers_are_what_a_layer_does():
     layer(torch.tensor([[3, 7, 3, 0], [7, 0, 12, 3]])).square().sum().backward()
     assert ": right." in check(2)(int((layer.lora_A.grad != 0).any(dim=1).sum()))
 
-    layer = LoRAEmbedding(10_000, 100, 8, 16)
-    layer.lora_A.data, layer.lora_B.data = torch.randn(10_000, 8), torch.zeros(100, 8)
-    layer(torch.arange(5)).square().sum().backward()
-    layer.lora_B.data -= 0.1 * layer.lora_B.grad
-    assert ": right." in check(3)(int((layer.delta_weight() != 0).any(dim=1).sum()))
+
+def test_exercises_4_and_7_are_the_bytes_that_the_chapter_counts():
+    N, d, r = 512, 64, 8
+    per_token = lambda d, r, each: (look_up_bytes(1, d, r, each)["one pass"]) - each * d * r
+    assert ": right." in check(4)(per_token)
+    linear = lambda N, d, r: (lambda moved: moved["PyTorch, ours"] - moved["plain"])(linear_bytes(N, d, d, r))
+    assert linear(N, d, r) > 0 and ": right." in check(7)(linear)
 
 
 def test_exercise_8_is_what_the_memory_holds():

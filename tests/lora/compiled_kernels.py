@@ -2,7 +2,8 @@
 
     python tests/lora/compiled_kernels.py [90]
 
-prints a JSON object a kernel: registers a thread, bytes of stack (spilt registers) and shared memory a program.
+prints a JSON object a kernel: registers a thread, bytes of stack (spilt registers) and shared memory a program, the
+bytes that a thread loads at once from the tables, whether the tensor cores multiply.
 """
 
 import contextlib
@@ -12,21 +13,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from lora_edu.lora import triton_kernels as kernels
 
 WIDTH = 4096
-KERNELS = {
-    "forward": (kernels.forward_kernel, kernels.forward_blocks),
-    "backward": (kernels.backward_kernel, kernels.backward_blocks),
-    "deterministic": (kernels.backward_kernel, kernels.backward_blocks),
-}
 CASES = [
     *itertools.product(("forward", "backward"), (torch.bfloat16,), (8, 64, 256)),
     *itertools.product(("forward", "backward"), (torch.float32, torch.float64), (16,)),
@@ -34,30 +30,62 @@ CASES = [
 ]
 
 
-def compile_kernel(name: str, dtype: torch.dtype, rank: int, capability: int = 90):
-    """The kernel for d = 4096 as look_up and gradients would launch it, with pointers and strides aligned."""
-    function, blocks_for = KERNELS[name]
-    total = torch.promote_types(dtype, torch.float32)
-    constants = kernels.constants(rank, blocks_for(WIDTH, rank, dtype), dtype, total)
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
-    if function is kernels.backward_kernel:
-        constants["DETERMINISTIC"] = name == "deterministic"
-    kinds = {"tokens": "*i64", "scaling": "fp64"} | dict.fromkeys(("dA_rows", "dB"), pointer(total))
-    kinds |= dict.fromkeys(("W", "A", "B", "G", "out"), pointer(dtype)) | dict.fromkeys(
-        constants, "constexpr"
+class Absent:
+    """Stands in Triton for the driver of a card that is not here: it says what to compile for, and runs nothing."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(capability: int) -> Iterator[list]:
+    """Inside, look_up and gradients compile what they would launch on such a card; yields the list of it.
+
+    Whatever they return is left unwritten. What is compiled lands in Triton's cache, under the key that a launch on
+    the card asks for.
+    """
+    compiled: list = []
+    launch = kernels.launch
+    for kernel in (kernels.forward_kernel, kernels.backward_kernel):
+        kernel.device_caches.clear()  # made for the card of an earlier call
+    kernels.launch = lambda kernel, programs, **arguments: compiled.append(
+        kernel.warmup(grid=(programs,), **arguments)
     )
-    signature = {argument: kinds.get(argument, "i32") for argument in function.arg_names}
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") or argument in ("width", "W_stride", "A_stride")
-    }
-    source = ASTSource(function, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    triton.runtime.driver.set_active(Absent(capability))
+    try:
+        yield compiled
+    finally:
+        kernels.launch = launch
 
 
-def pointer(dtype: torch.dtype) -> str:
-    return {2: "*bf16", 4: "*fp32", 8: "*fp64"}[dtype.itemsize] if dtype != torch.float16 else "*fp16"
+def compile_kernel(
+    name: str,
+    dtype: torch.dtype,
+    rank: int,
+    capability: int = 90,
+    width: int = WIDTH,
+    blocks: kernels.Blocks | None = None,
+):
+    """The kernel as look_up ("forward") or gradients ("backward", "deterministic") would launch it."""
+    tokens = torch.zeros(16, dtype=torch.int64)
+    W, A, B, G = (
+        torch.empty(shape, dtype=dtype) for shape in ((16, width), (16, rank), (width, rank), (16, width))
+    )
+    with compiling(capability) as compiled:
+        if name == "forward":
+            kernels.look_up(tokens, W, A, B, 1.0, blocks=blocks)
+        else:
+            kernels.gradients(G, tokens, A, B, 1.0, deterministic=name == "deterministic", blocks=blocks)
+    return compiled[0]
 
 
 def resources(compiled) -> dict[str, int]:
@@ -71,10 +99,25 @@ def resources(compiled) -> dict[str, int]:
     return {"registers": used["REG"], "stack": used["STACK"], "shared": compiled.metadata.shared}
 
 
+def load_bytes(compiled) -> dict[int, int]:
+    """How many loads from memory move so many bytes a thread, straight to registers or past them (cp.async)."""
+    ptx = compiled.asm["ptx"]
+    found = [
+        int(lanes or 1) * int(bits) // 8
+        for lanes, bits in re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    ]
+    found += [
+        int(size, 0)
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+|\d+)", ptx)
+    ]
+    return {size: found.count(size) for size in sorted(set(found))}
+
+
 if __name__ == "__main__":
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
     for name, dtype, rank in CASES:
         with contextlib.redirect_stdout(sys.stderr):
             compiled = compile_kernel(name, dtype, rank, capability)
         row = {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "rank": rank, "sm": capability}
-        print(json.dumps(row | resources(compiled) | {"tensor cores": "mma" in compiled.asm["ptx"]}))
+        row |= resources(compiled) | {"load bytes": load_bytes(compiled)}
+        print(json.dumps(row | {"tensor cores": "mma" in compiled.asm["ptx"]}))

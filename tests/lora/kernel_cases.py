@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_edu.lora import LoRAEmbedding, functional, lora_embedding, pair_optimizers
 from lora_edu.lora import triton_kernels as kernels
 
-ON = "cpu" if kernels.INTERPRETED else "cuda"
+ON = "cpu" if kernels.interpreted() else "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 gpu = pytest.mark.skipif(ON == "cpu", reason="needs a CUDA device; this is the interpreter")
 

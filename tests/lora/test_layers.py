@@ -112,9 +112,8 @@ def test_gradcheck_embedding(draw: random.Random):
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for shape in ((vocabulary, width), (vocabulary, rank), (width, rank))
     ]
-    if (
-        padding is not None
-    ):  # W's own gradient leaves the padding row out too, which no numerical check can see
+    # W's own gradient leaves the padding row out too, which no numerical check can see.
+    if padding is not None:
         matrices[0].requires_grad_(False)
 
     def operation(W, A, B):
@@ -314,6 +313,11 @@ def test_int32_tokens():
         ),
         (lambda: LoRALinear.from_layer(weight_normed(), 1, 1), TypeError, "computes its weight"),
         (lambda: LoRALinear.from_layer(hooked(), 1, 1), TypeError, "has hooks"),
+        (
+            lambda: LoRALinear.from_layer(replaced(), 1, 1),
+            TypeError,
+            "the forward of this Linear was replaced on the layer itself.*add LoRA first",
+        ),
         (lambda: LoRALinear.from_layer(quantised(), 1, 1), TypeError, "already quantised"),
         (
             lambda: LoRALinear.from_layer(float8(), 1, 1),
@@ -339,6 +343,12 @@ class Scaled(nn.Embedding):
 
 def weight_normed():
     return nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+
+def replaced():
+    layer = nn.Linear(3, 4)
+    layer.forward = lambda x: x
+    return layer
 
 
 def hooked():

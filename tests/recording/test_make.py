@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_edu.data import corpus, shipped
-from lora_edu.data.runs import run_of
+from lora_edu.data.runs import name_of, run_of
 from lora_edu.recording import make, sweeps
 from lora_edu.recording import run as runner
 from lora_edu.tinylm import TinyLM
@@ -37,6 +37,33 @@ def test_a_stage_whose_constants_changed_is_run_again(maker, monkeypatch):
     monkeypatch.setitem(make.CONSTANTS, "base", (7, make.BASE_STEPS, make.BASE_RATE))
     maker.run(only="base")
     assert runs == [1, 1] and maker.done("base") and make.constants_of("tune") != make.constants_of("base")
+
+
+def test_a_stage_of_the_sweeps_is_done_until_it_asks_for_a_run_that_is_missing(maker, monkeypatch):
+    first, second = (
+        run_of(rank=2, rate=rate, targets="mlp", text="manual", steps=3) for rate in (0.01, 0.02)
+    )
+    asked = []
+
+    def record_all(runs, folder, **options):
+        asked.append([run["rate"] for run in runs])
+        return [run | {"name": name_of(run), "test": 1.0} for run in runs]
+
+    monkeypatch.setattr(make, "record_all", record_all)
+    monkeypatch.setitem(sweeps.STAGES, "short", lambda rows: [first])
+    maker.run(only="short")
+    maker.run(only="short")
+    assert asked == [[0.01]] and maker.done("short")
+    monkeypatch.setitem(sweeps.STAGES, "short", lambda rows: [first, second])
+    assert not maker.done("short")
+    maker.run(only="short")
+    assert asked == [[0.01], [0.02]] and maker.facts()["short"]["runs"] == 2
+
+
+def test_every_recorded_stage_is_done_with_the_constants_of_today(monkeypatch, tmp_path):
+    maker = make.Maker(shipped.data_folder(), tmp_path)
+    monkeypatch.setattr(sweeps, "_base_accuracy", lambda: shipped.load_base_losses()["reference"]["accuracy"])
+    assert all(maker.done(stage) for stage in make.STAGES)
 
 
 def test_what_ships_is_half_precision_and_described(maker):
