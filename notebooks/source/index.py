@@ -17,7 +17,6 @@
 
 # %% tags=["folded", "nbval-ignore-output"]
 import torch
-from lora_edu.data.sweeps import best
 
 from lora_edu import explore
 from lora_edu.data import adapter_folder, load_base_losses, load_checkpoint, load_corpus, load_sweeps
