@@ -39,14 +39,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_edu import explore, plots
-from lora_edu.counting.traffic import (
-    CARDS,
-    linear_bytes,
-    linear_operations,
-    look_up_bytes,
-    look_up_operations,
-    traffic,
-)
 from lora_edu.data import load_checkpoint, load_corpus
 from lora_edu.exercises import chapter_06 as exercises
 from lora_edu.explore.lora_embedding import first_move
@@ -62,6 +54,15 @@ if not torch.cuda.is_available():  # for section 8; Triton reads it when it is i
     os.environ["TRITON_INTERPRET"] = "1"
 import loralib
 import peft
+
+from lora_edu.counting.traffic import (
+    CARDS,
+    linear_bytes,
+    linear_operations,
+    look_up_bytes,
+    look_up_operations,
+    traffic,
+)
 
 # %% [markdown]
 # ## 1 · A look-up is a one-hot product
