@@ -21,6 +21,7 @@ from lora_edu.text import printable
 __all__ = ["CheckpointError", "Comparison", "Figures", "compare", "main", "open_checkpoint"]
 
 BAD_INPUT = 2  # exit status: a file that can't be read, or nothing to compare
+NOTHING_MEASURED = 1  # read, but of no tensor could anything be said
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
-    except (CheckpointError, AdapterError) as error:
+    except BrokenPipeError:
+        raise  # the reader of a pipe has seen enough: cli.py's
+    except (CheckpointError, AdapterError, OSError) as error:
         print(f"lora-edu delta: {error}", file=sys.stderr)
         return BAD_INPUT
 
@@ -44,6 +47,8 @@ def _run(options: argparse.Namespace) -> int:
         return tqdm(names, unit="tensor", leave=False, disable=hidden, file=sys.stderr)
 
     found = compare(options.before, options.after, options.before_exact, progress)
+    for note in found.given:
+        print(f"lora-edu delta: {note}", file=sys.stderr)
     if not found.figures and not found.not_measured and not found.shapes_differ:
         raise CheckpointError(
             "BEFORE and AFTER have no tensor's name in common: are they versions of one model? "
@@ -61,7 +66,13 @@ def _run(options: argparse.Namespace) -> int:
         end="",
         flush=True,
     )
-    return 0
+    if found.figures:
+        return 0
+    print(
+        "Nothing could be measured; the lists above say why.",
+        file=sys.stderr if options.json == "-" else None,
+    )
+    return NOTHING_MEASURED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "before", metavar="BEFORE", help="a safetensors file, or a model's folder (shards too)"
     )
-    parser.add_argument("after", metavar="AFTER", help="the same after tuning, or an adapter's folder (PEFT)")
+    parser.add_argument(
+        "after",
+        metavar="AFTER",
+        nargs="?",
+        help="the same after tuning, or a LoRA adapter (PEFT's folder, kohya, diffusers, MLX); an adapter can also "
+        "stand alone, in the place of BEFORE",
+    )
     parser.add_argument(
         "--json", metavar="FILE", help="write every figure as JSON; - prints it in place of the tables"
     )
@@ -96,7 +113,7 @@ def _check_output(name: str | None, options: argparse.Namespace) -> None:
         raise CheckpointError(
             f"{name} can't be written: {'it is a folder' if path.is_dir() else 'no such folder'}"
         )
-    for read in map(expanded, (options.before, options.after)):
+    for read in map(expanded, filter(None, (options.before, options.after))):
         if path.exists() and any(other.exists() and path.samefile(other) for other in (read, *_files(read))):
             raise CheckpointError(f"{name} is read, so it is not written over: give another name")
 

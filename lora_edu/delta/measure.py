@@ -4,6 +4,7 @@ A pair is read twice, a few rows at a time: once for norms and the rounding floo
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from lora_edu import lowrank
 from lora_edu.delta.files import BLOCK, FORMATS, Stored, blocks
-from lora_edu.lora.peft_format import Factors
 
 ALLOWANCE = 1.05  # the largest singular value of a draw of noise lies within 5 % of the edge
 BY_CHANCE = (
@@ -34,6 +34,7 @@ class Figures(NamedTuple):
     formats: in which the entries of before and after are precise, say "BF16 in F32" for upcast ones.
     floor: norm of what rounding puts into ΔW; edge: the largest singular value it could have. above: how
     many of ΔW's are larger. roundings: whose were counted, "both", "after" or "none".
+    missing: why there is no ‖W‖, in a word. experts: how many matrices the figures are medians of.
     marked: the figures that rounding may have changed by more than a tenth.
     method: "full", "head" (a sketch that holds all but a negligible rest) or "factors" (of an adapter).
     """
@@ -57,6 +58,8 @@ class Figures(NamedTuple):
     method: str | None = None
     marked: tuple[str, ...] = ()
     note: str = ""
+    missing: str = ""
+    experts: int | None = None
 
     @property
     def relative_norm(self) -> float | None:
@@ -421,26 +424,70 @@ def _head(tall: Tensor, edge: float, most: int = 272, probes: int = 8) -> Tensor
 # --- adapters -----------------------------------------------------------------------------------------------
 
 
-def measure_adapter(base: Stored, factors: Factors) -> Figures:
-    """The figures of an adapter's ΔW = s · BA, from its factors: ΔW itself is never made.
+def measure_adapter(
+    base: Stored | None,
+    products: list[tuple[Tensor, Tensor]],
+    scaling: float,
+    shape: tuple[int, ...],
+    missing: str = "",
+) -> Figures:
+    """The figures of an adapter's ΔW = s · left right, from its factors: ΔW itself is never made.
 
+    products: a pair (left, right) for each expert, else one. base: where ‖W‖ can be read; `missing` says why not.
     An adapter holds ΔW and not a rounded sum with W: there is no rounding floor, and nothing is marked.
     """
-    formats = (base.format, _name(factors.lora_A.dtype))
-    known = Figures("measured", base.shape, base.sides, formats, roundings="none", method="factors")
-    weight = math.sqrt(sum(_squared(block) for _, (block,) in blocks(base)))
-    # A is (r, n) and B (m, r) in a linear layer, A (V, r) and B (d, r) in an embedding
-    left = factors.lora_A if factors.embedding else factors.lora_B
-    right = factors.lora_B if factors.embedding else factors.lora_A.T
-    R_left, R_right = (torch.linalg.qr(each.double(), mode="r").R for each in (left, right))
-    values = torch.linalg.svdvals(factors.scaling * R_left @ R_right.T)
+    parts = [_of_product(left, right, scaling, shape[-2:]) for left, right in products]
+    found = together_as_one(parts, shape) if len(parts) > 1 else parts[0]._replace(shape=shape)
+    sides = found.sides if base is None or (len(shape) > 2 and len(parts) > 1) else base.sides
+    own = _name(products[0][1].dtype)
+    weight = None if base is None else math.sqrt(sum(_squared(block) for _, (block,) in blocks(base)))
+    found = found._replace(
+        sides=sides, formats=(base.format if base else "-", own), weight_norm=weight, missing=missing
+    )
+    if weight is not None and not math.isfinite(weight):
+        return found._replace(status="not finite", weight_norm=None, note="NaN or infinite entries in BEFORE")
+    return found
+
+
+def _of_product(left: Tensor, right: Tensor, scaling: float, shape: tuple[int, ...]) -> Figures:
+    """s · left right from the triangular factors of both: singular values of an r × r matrix (LAPACK's QR)."""
+    sides = (left.shape[0], right.shape[1])
+    known = Figures("measured", shape, sides, (), roundings="none", method="factors")
+    R_left, R_right = (torch.linalg.qr(each.double(), mode="r").R for each in (left, right.T))
+    if not (torch.isfinite(R_left).all() and torch.isfinite(R_right).all()):
+        return known._replace(status="not finite", note="NaN or infinite entries in the factors")
+    values = torch.linalg.svdvals(scaling * R_left @ R_right.T)
     norm = float(torch.linalg.vector_norm(values))
-    if not math.isfinite(weight + norm):
-        return known._replace(status="not finite", note="NaN or infinite entries in BEFORE")
-    known = known._replace(weight_norm=weight, delta_norm=norm)
     if not norm:
-        return known._replace(status="equal")
-    return known._replace(**_ranks(values))
+        return known._replace(status="equal", delta_norm=0.0)
+    return known._replace(delta_norm=norm, **_ranks(values))
+
+
+def together_as_one(parts: list[Figures], shape: tuple[int, ...]) -> Figures:
+    """Figures of a stack of matrices: norms of all together, medians of the rest, and the worst in the note.
+
+    Marked is what is marked in half of them or more. An expert that is equal before and after counts for norms only.
+    """
+    status = [each.status for each in parts]
+    known = [each for each in parts if each.stable_rank is not None]
+    first = known[0] if known else parts[0]
+    whole = first._replace(shape=shape, experts=len(parts))
+    for name in ("weight_norm", "delta_norm", "floor"):
+        values = [getattr(each, name) for each in parts if getattr(each, name) is not None]
+        whole = whole._replace(**{name: math.sqrt(sum(value**2 for value in values)) if values else None})
+    for name in ("unchanged", "edge", "above", *MARKABLE[1:]):
+        values = [getattr(each, name) for each in known if getattr(each, name) is not None]
+        middle = statistics.median_high if name.startswith(("rank_", "above")) else statistics.median
+        whole = whole._replace(**{name: middle(values) if values else None})
+    marks = [name for name in MARKABLE if 2 * sum(name in each.marked for each in parts) >= len(parts)]
+    worst = max(known, key=lambda each: each.rank_90, default=None)
+    told = f"{len(parts)} experts, medians"
+    if worst is not None:
+        told += f"; the widest, expert {parts.index(worst)}, takes rank {worst.rank_90} for 90 %"
+    unlike = {state: status.count(state) for state in dict.fromkeys(status) if state != "measured"}
+    told += "".join(f"; {count} {state}" for state, count in unlike.items())
+    common = status[0] if len(set(status)) == 1 else "not finite" if "not finite" in status else "measured"
+    return whole._replace(status=common, marked=tuple(marks), note=told)
 
 
 def _name(dtype: torch.dtype) -> str:

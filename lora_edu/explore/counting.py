@@ -65,7 +65,7 @@ def rank_and_shape() -> Explorer:
 
 
 def table_and_square() -> Explorer:
-    """An embedding beside a square matrix of the same width: half the share, many times the number."""
+    """An embedding beside a square matrix of the same width: the smaller share where V > d, the larger number."""
 
     def draw(figure: Figure, vocabulary: int, width: int) -> str:
         curve, columns = figure.subplots(1, 2, width_ratios=(1.25, 1))

@@ -140,7 +140,9 @@ def unmerge_lora(model: nn.Module) -> None:
 def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
     """Put the very original modules back, trainable as they were, and forget the adapter; returns the model.
 
-    `merge=True` leaves W + ΔW in them. If one of them was tied to another layer, it is not afterwards.
+    What the adapter had trained beside LoRA (modules_to_save, biases, token rows) goes back, too.
+    `merge=True` leaves W + ΔW in them, and what stood beside LoRA. If one of them was tied to another layer, it is
+    not afterwards.
     """
     model = unwrap(model)
     layers = _some_lora(model)
@@ -164,6 +166,15 @@ def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if id(child) in originals:
                 setattr(parent, name, originals[id(child)])
+    beside = vars(model).pop("_beside_lora", None)
+    if beside is not None and not merge:
+        state = dict(_all_parameters(model)) | dict(model.named_buffers(remove_duplicate=False))
+        with torch.no_grad():
+            for name, original in beside.originals.items():
+                state[name].copy_(original)
+        for name, shared in beside.untied.items():
+            module, _, last = name.rpartition(".")
+            setattr(model.get_submodule(module), last, shared)
     vars(model).pop("resize_token_embeddings", None)
     if "_trainable_before_lora" in vars(model):
         _set_trainable(model, vars(model).pop("_trainable_before_lora"))

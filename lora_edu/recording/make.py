@@ -54,6 +54,7 @@ STAGES = (
     "adapters",
     "regimes",
     "published",
+    "deltas",
 )
 CHECKED = (  # what `--check` runs again unless told otherwise
     "lora rank=1 rate=0.012 targets=blocks steps=8",
@@ -76,6 +77,8 @@ CONSTANTS: dict[str, tuple] = {
         regimes.wanted_seeds(),
         regimes.GENTLE,
     ),
+    "published": (published.PUBLISHED["rxnfp"].requirement, published_figures.RANKS, published_figures.SIZES),
+    "deltas": (deltas.RATE, deltas.STEPS, deltas.BATCH, deltas.SIZES, deltas.CUTS, deltas.PAIRS),
 }
 NEEDS = {
     "losses": ("tune",),

@@ -109,7 +109,7 @@ def gather(
         if shows_explorers(edition.notebook) and (alive is None or edition.name in alive):
             kept[edition.name] = kept_at(edition, runs)
         else:
-            results[edition.name] = edition.notebook if edition.name == "index" else stored(edition)
+            results[edition.name] = stored(edition)
     missing = [edition for edition in editions if edition.name in kept and not kept[edition.name].is_file()]
     if missing:
         print(f"running {len(missing)} notebooks, {jobs} at a time", flush=True)
@@ -137,11 +137,21 @@ def make_pages(results: Mapping[str, NotebookNode]) -> dict[str, pages.Page]:
     for name, notebook in results.items():
         answers = f"solutions/{name}"
         made[name] = pages.make_page(notebook, name, f"{answers}.ipynb" if answers in solutions else None)
-    opening = results["index"].cells[0].source.split("\n## ")[0]
-    contents = [toctree("Chapters", chapters), toctree("Solutions", solutions)]
-    first = new_markdown_cell("\n\n".join([opening, ABOUT, *contents]), id="contents")
-    made["index"].source.cells = [first]
+    contents = [ABOUT, toctree("Chapters", chapters), toctree("Solutions", solutions)]
+    opening = made["index"].source
+    opening.cells = [*until_heading(opening.cells), new_markdown_cell("\n\n".join(contents), id="contents")]
     return made
+
+
+def until_heading(cells: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """The cells, or the part of one, above the first heading of the second level."""
+    above = []
+    for cell in cells:
+        if cell.cell_type == "markdown" and (start := f"\n{cell.source}".find("\n## ")) >= 0:
+            cell.source = cell.source[: max(start - 1, 0)]
+            return [*above, cell] if cell.source else above
+        above.append(cell)
+    return above
 
 
 def lay_out(made: Mapping[str, pages.Page], work: Path) -> Path:

@@ -208,7 +208,7 @@ with torch.no_grad():
     mean = sum(noisy(x) for _ in range(2000)) / 2000
     quiet = noisy.eval()(x)
 off = float((mean - quiet).norm() / (quiet - query(x)).norm())
-print(f"mean of 2000 passes against the layer in eval(): {off:.1%} of the update apart")
+print(f"mean of 2000 passes against eval(): {off:.1%} of the update apart")
 assert off < 0.05
 
 # %% [markdown]
@@ -477,7 +477,7 @@ turned = [[covered(train(seed=seed, steps=steps)[3][1]) for steps in STEPS] for 
 free = [train(seed=seed, steps=201)[0] for seed in seeds]
 frozen = [train(seed=seed, steps=201, rate_A=0.0)[0] for seed in seeds]
 floor = float(loss_of(best_of_rank_8))
-print(f"loss after 200 steps, three draws of A; the best matrix of rank 8 has {floor:.2f}")
+print(f"loss after 200 steps; the best matrix of rank 8 has {floor:.2f}")
 for name, runs in {"A trained": free, "A frozen": frozen}.items():
     print(f"  {name}:", ", ".join(f"{run[-1]:.2f}" for run in runs))
 print("best directions that A covers:", ", ".join(f"{each[0]:.2f} → {each[-1]:.2f}" for each in turned))
@@ -488,17 +488,19 @@ assert min(run[-1] for run in frozen) > 0.75 and max(run[-1] for run in free) < 
 figure, (left, right) = plots.subplots(1, 2, size=(7.2, 2.8))
 runs = {"A frozen": torch.tensor(frozen).T, "A trained": torch.tensor(free).T}
 plots.curves(left, {name: (range(201), each) for name, each in runs.items()}, xlabel="step", ylim=(0, 1.05))
-left.set(title="loss, three draws of A", ylabel="share of the first")
+left.set(ylabel="loss, share of the first")
 plots.mark_level(left, floor, "the best of rank 8", 0.98)
 plots.curves(right, {"A": (STEPS, torch.tensor(turned).T)}, xlabel="step", ylim=(0, 1.05))
-right.set(title="the best input directions that A covers")
 plots.mark_level(right, 0.08, "eight random directions", 0.98)
+with plots.style():
+    left.set_title("three draws of A")
+    right.set_title("best directions that A covers")
 plots.show(figure, "With A frozen the loss stays above 0.75; trained, A turns to the eight best directions.")
 
 # %% [markdown]
 # **What came out.** $A$ begins with 7 to 10 % of the right directions, as chance would have it, and has 98 % of them after
 # 200 steps. With $A$ frozen the loss stays near 0.8; with $A$ trained it comes within 0.01 of the best that *any* matrix of
-# rank 8 can do. (One layer, Adam, three draws. Chapter 07 freezes $A$ in a whole model.) So the first step is bound to
+# rank 8 can do. (One layer, Adam, three draws. Chapter 02 freezes $A$ in a whole model.) So the first step is bound to
 # eight random directions, and the run is not.
 #
 # Now that we have a run, we can also ask what the *shape* of the first draw does, at one variance:
@@ -525,7 +527,7 @@ shapes = {
     "Gaussian, variance 1 / 64": [normal_start(seed, 1 / 64) for seed in range(5)],
 }
 for name, ends in shapes.items():
-    print(f"{name:27} loss after 50 steps, five draws: {min(ends):.3f} to {max(ends):.3f}")
+    print(f"{name:27} loss after 50 steps {min(ends):.3f} to {max(ends):.3f}")
 means = [sum(ends) / 5 for ends in shapes.values()]
 assert abs(means[0] - means[1]) < 0.015 < means[2] - means[0]
 
@@ -608,7 +610,7 @@ with plots.style():
     axes.set(xlabel="cosine of the two Bs", ylabel="loss, share of the first", ylim=(0, 1), xlim=(-0.5, 0.5))
     axes.legend(loc="upper right")
     axes.set_title("The mean of two adapters, fifteen pairs of seeds")
-plots.mark_level(axes, max(single), "the worst single run", 0.4)
+plots.mark_level(axes, max(single), "the worst single run", 0.98)
 plots.show(
     figure, "Averaged updates are as good as one run; averaged factors are worse in all fifteen pairs."
 )
@@ -659,7 +661,7 @@ for c in (4, 1 / 16, 2):
     other = train(alpha=16 * c, rate=1 / math.sqrt(c), start=1 / math.sqrt(c))
     apart = max(abs(one - two) for one, two in zip(usual[0], other[0], strict=True))
     print(
-        f"alpha · {c:<6g} learning rate and A₀ · {1 / math.sqrt(c):<7.4g} loss apart by",
+        f"alpha · {c:<6g} rate and A₀ · {1 / math.sqrt(c):<7.4g} loss apart by",
         apart if apart == 0 else "rounding only",
     )
     assert apart == 0 if c != 2 else apart < 1e-9
@@ -679,8 +681,9 @@ explore.alpha_that_does_nothing(lambda alpha, rate, start: train(alpha=alpha, ra
 # set by the learning rate. With that at $1/\sqrt{c}$ too, all stays in proportion, step after step.
 #
 # The paper says it in passing, with a 'roughly': 'When optimizing with Adam, tuning α is roughly the same as tuning the
-# learning rate if we scale the initialization appropriately' (§4.1). Without weight decay and with a negligible ε it is
-# exact, whatever the model. (Under SGD, whose steps do grow with the gradient, the learning rate must be divided by $c$
+# learning rate if we scale the initialization appropriately' (§4.1). It is exact in any model, as long as only $A$s and
+# $B$s are trained, without weight decay, without clipping of gradients (they do change size), and with an ε that is
+# negligible beside them. (Under SGD, whose steps do grow with the gradient, the learning rate must be divided by $c$
 # instead, and $A_0$ again by $\sqrt{c}$.)
 #
 # What, then, does alpha do alone? The same argument shows it: alpha times $c$ **is a learning rate $c$ times as large, for
@@ -720,7 +723,9 @@ assert max(lowest) - min(lowest) < 0.01 and best[4] > best[64]
 figure, axes = plots.subplots(size=(7.2, 2.8))
 named = {f"alpha = {alpha}": losses for alpha, losses in ends.items()}
 plots.rate_curves(axes, named, xlabel="learning rate, times 0.004", ylabel="loss after 50 steps")
-axes.set(ylim=(0.2, 0.8), title="Three alphas, each at every learning rate")
+axes.set(ylim=(0.2, 0.8))
+with plots.style():
+    axes.set_title("Three alphas, each at every learning rate")
 plots.plain_ticks(axes.xaxis, grid)
 plots.show(figure, "Three alphas reach the same loss, the larger alpha at the smaller learning rate.")
 
@@ -774,7 +779,9 @@ assert all(0.9 < norm < 1.25 for norm in sizes["Adam, alpha / √r"])
 # %%
 figure, axes = plots.subplots(size=(7.2, 2.8))
 plots.curves(axes, {name: (RANKS, norms) for name, norms in sizes.items()}, xscale="log", yscale="log")
-axes.set(xlabel="rank r", ylabel="times that at r = 8", title="The first step of ΔW, at one learning rate")
+axes.set(xlabel="rank r", ylabel="times that at r = 8")
+with plots.style():
+    axes.set_title("The first step of ΔW, at one learning rate")
 plots.plain_log(axes, RANKS, (0.1, 1, 10))
 plots.show(
     figure, "The first ΔW shrinks with the rank under alpha / r; under Adam, alpha / √r keeps its length."
@@ -856,7 +863,9 @@ for axes, dtype in zip(row, (torch.float16, torch.bfloat16), strict=True):
     series = {way: (ROUNDS, [largest for _, largest in back[dtype][way]]) for way in WAYS}
     plots.curves(axes, series, xscale="log", xlabel="rounds of merging and unmerging")
     plots.plain_ticks(axes.xaxis, ROUNDS)
-    axes.set(title=str(dtype)[6:], ylabel="largest change of an entry of W")
+    axes.set(ylabel="largest change of W")
+    with plots.style():
+        axes.set_title(str(dtype)[6:])
     assert back[dtype]["PEFT"][-1][1] > 3 * back[dtype]["PEFT"][0][1]  # it grows
     assert back[dtype]["loralib"][-1] == back[dtype]["loralib"][0]  # it does not
 plots.show(figure, "The largest change of W against rounds: none with the original kept; PEFT's grows.")
@@ -866,7 +875,7 @@ print("rounds, share of the entries changed, and the largest change")
 for dtype, ways in back.items():
     for way, results in ways.items():
         texts = [f"{share:6.1%} {largest:8.1e}" for share, largest in (results[0], results[-1])]
-        print(f"{str(dtype)[6:]:9}{way:9} after 1: {texts[0]}   after 100: {texts[1]}")
+        print(f"{str(dtype)[6:]:9}{way:9} 1: {texts[0]}   100: {texts[1]}")
         assert not any(map(any, results)) if way == "lora_edu" else min(results)[0] > 0.01
 
 # %% [markdown]

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser
 from lora_edu.notebooks import FOLDER
 from lora_edu.paths import REPOSITORY
 
-CHAPTERS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+CHAPTERS = sorted(FOLDER.glob("*.ipynb"))  # the index, too
 SOLUTIONS = [  # most have no explorer, and then there is nothing to see here
     path
     for path in sorted((FOLDER / "solutions").glob("[0-9][0-9]_*.ipynb"))

@@ -123,7 +123,7 @@ def test_axe_finds_nothing_serious(browser, disk, name, scheme):
     assert not found
 
 
-@each_page(CHAPTERS)
+@each_page(["index", *CHAPTERS])
 def test_without_scripts_the_start_is_there_and_with_them_nothing_jumps(browser, disk, name):
     still = browser.new_page(java_script_enabled=False, viewport={"width": 1000, "height": 800})
     still.goto(f"{disk}{name}.html")
@@ -153,6 +153,14 @@ def test_on_a_phone_nothing_sticks_out(browser, disk, name):
     cut = [words for cell in page.cells() for words in page.cut_off(cell)]
     page.close()
     assert wide <= PHONE["width"] and not cut
+
+
+def test_the_first_page_opens_with_a_slider_and_stays_light(browser, disk, site):
+    page = site_driver.open_page(browser, disk, "index")
+    [cell] = page.cells()
+    assert cell.bounding_box()["y"] < 800, "it is seen without scrolling"
+    page.close()
+    assert (site / "index.html").stat().st_size < 700_000
 
 
 def test_the_search_finds_a_word_on_the_disk(browser, disk):

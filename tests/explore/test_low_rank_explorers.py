@@ -64,7 +64,8 @@ def test_the_whole_map_stands_beside_the_cut_one(explorers):
     )
     panel = first.shape[1] // 6  # well within the original; the cut one begins after it
     changed = np.abs(first - last).mean(axis=0)
-    assert changed[:panel].max() < 2 < changed[2 * panel : 3 * panel].max()
+    # Each picture has its own palette, so the original differs by a shade or two.
+    assert changed[:panel].max() < 8 and changed[2 * panel : 3 * panel].max() > 20
 
 
 def test_a_hidden_direction_shows_only_when_it_is_strong_enough(explorers):
