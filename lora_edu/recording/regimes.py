@@ -28,8 +28,12 @@ RATES, STEPS = (3e-4, 1e-3, 3e-3, 6e-3), (25, 50, 100, 200)
 CORNERS = [(rate, steps) for rate in (RATES[0], RATES[-1]) for steps in (STEPS[0], STEPS[-1])]
 NEAR_RATES, NEAR_STEPS = (3e-4, 1e-3, 3e-3), (100, 25)
 GENTLE = {"task": "far", "rate": 1e-3, "steps": 100, "seed": 0}
-LORA_RATES = (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
-LORA_RANKS, LORA_STEPS = (1, 4, 8), 100
+LORA_RATES = {  # by rank: until the best lies between others
+    1: (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2),
+    4: (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2),
+    8: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2),
+}
+LORA_STEPS = 100
 KINDS = ("embedding", "query", "key", "value", "output", "up", "down", "head")
 KIND_RANKS = (1, 8, 32)  # ranks to which one kind at a time is cut
 
@@ -55,8 +59,8 @@ def wanted_lora() -> list[dict]:
     """LoRA on every matrix, the embedding at a third of the rate, with the gentle run's steps."""
     return [
         {"task": "far", "rank": rank, "rate": rate, "steps": LORA_STEPS, "seed": 0}
-        for rank in LORA_RANKS
-        for rate in LORA_RATES
+        for rank, rates in LORA_RATES.items()
+        for rate in rates
     ]
 
 
@@ -251,7 +255,7 @@ def record_all(folder: Path, tell: Callable[[str], None] = print) -> Iterator[di
         yield row
     best = [
         min((row for row in trained if row["rank"] == rank), key=lambda row: row["after"])
-        for rank in LORA_RANKS
+        for rank in LORA_RATES
     ]
     keys = ("task", "rank", "rate", "steps")
     again = [{key: row[key] for key in keys} | {"seed": seed} for seed in (1, 2) for row in best]
