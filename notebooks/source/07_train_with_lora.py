@@ -44,6 +44,7 @@ from lora_edu.lora import add_lora, load_adapter, lora_layers
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
 
+# %% tags=["setup"]
 base, reference = load_checkpoint("base"), load_corpus("reference")
 held_out = reference.test.unfold(0, 256, 1024).flatten()  # a quarter of it, as in chapter 03
 EVERYWHERE = ["embedding", "head", "query", "key", "value", "output", "up", "down"]
