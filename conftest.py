@@ -1,7 +1,7 @@
 """For all tests and notebooks: a reader's folder that is thrown away, and the kernel that checks notebooks.
 
 That kernel has two threads (notebooks are built with one), no network, no writing into the clone, and
-nobody's IPython settings. Nothing here knows a single test; the browser's come first, being the longest.
+nobody's IPython settings. Nothing here knows a single test; what belongs to one chapter stays with one worker.
 """
 
 import atexit
@@ -12,48 +12,83 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
+import replay
+
+from lora_edu import guard
+from lora_edu.notebooks import THREADS
 
 KERNEL = "lora-edu-tests"
 HERE = Path(__file__).parent
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+# The same examples every time, so that a red test is the change's own. HYPOTHESIS_PROFILE=nightly looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.register_profile("nightly", print_blob=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The first process makes the folder and names it to its workers, which share it."""
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "fixed")
     if "LORA_EDU_TESTS" not in os.environ:
         folder = Path(tempfile.mkdtemp(prefix="lora-edu-tests-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        make_kernel(folder)
+        make_kernel(folder, KERNEL)
+        make_kernel(folder / "jupyterlab", "python3")  # the name that chapters ask for
         path = [str(folder), os.environ.get("JUPYTER_PATH", "")]
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, path))
         os.environ["LORA_EDU_TESTS"] = str(folder)
         os.environ["LORA_EDU_HOME"] = str(folder / "reader")
         import matplotlib.font_manager  # noqa: F401 - on a new machine this lists the fonts and says so: once, here
-    config.option.nbval = True
     config.option.nbval_kernel_name = KERNEL
 
 
-def make_kernel(folder: Path) -> None:
+def make_kernel(folder: Path, name: str) -> None:
     """A kernelspec: this very Python, with what the tests ask of a kernel in its environment."""
-    path = [str(HERE / "tests" / "notebooks"), os.environ.get("PYTHONPATH", "")]
     specification = {
         "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         "display_name": "LoRA, measured: tests",
         "language": "python",
         "env": {
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            **guard.variables(),
             "IPYTHONDIR": str(folder / "ipython"),
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
             **dict.fromkeys(THREADS, "2"),
-            "OMP_WAIT_POLICY": "PASSIVE",  # two notebooks share the cores: a thread that waits must not spin
         },
     }
-    place = folder / "kernels" / KERNEL
+    place = folder / "kernels" / name
     place.mkdir(parents=True)
     (place / "kernel.json").write_text(json.dumps(specification), encoding="utf-8")
 
 
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.File | None:
+    """Every notebook, for nbval."""
+    return replay.Notebook.from_parent(parent, path=file_path) if file_path.suffix == ".ipynb" else None
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The browser's files first: each takes minutes, and one that starts last leaves the other worker idle."""
-    items.sort(key=lambda item: "browser" not in item.path.parts)
+    """What depends on something else of the same run comes after it and, with several workers, goes to the same one.
+
+    A chapter in JupyterLab, then its notebooks for nbval, in one group; all else file by file. The site's pages
+    need every chapter's run, so they come last, in groups of their own.
+    """
+    for item in items:
+        if isinstance(item.parent, replay.Notebook):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        elif item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(HERE).as_posix()))
+    items.sort(key=stage)
+
+
+def stage(item: pytest.Item) -> int:
+    if item.get_closest_marker("site"):
+        return 3
+    return 0 if item.get_closest_marker("browser") else 1 if isinstance(item.parent, replay.Notebook) else 2
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if runs := replay.runs():
+        told = "; ".join(f"{who}: {count}" for who, count in sorted(runs.items()))
+        terminalreporter.write_line(f"notebooks run or compared, by whom: {told}")

@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lora_edu.paths import REPOSITORY, user_folder
+from lora_edu.paths import REPOSITORY, repository, user_folder
 
 NEEDED = ("lora-edu", "torch", "numpy", "matplotlib", "jupyterlab", "ipywidgets", "tokenizers", "safetensors")
 OPTIONAL = ("loralib", "peft", "triton")
@@ -29,6 +29,11 @@ def main(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser(prog="lora-edu doctor", description=__doc__.split(": ")[1]).parse_args(arguments)
     for line in machine():
         print(line)
+    try:
+        repository()
+    except FileNotFoundError as error:
+        print(f"\nWRONG  {error}")
+        return 1
     print("\nData")
     data = list(data_files())
     for name, right, message in data:

@@ -12,7 +12,7 @@ import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lora_edu.paths import REPOSITORY, user_folder, write_atomically
+from lora_edu.paths import repository, user_folder, write_atomically
 
 SETTINGS = {
     # An explorer that was run, saved and opened again shows its pictures without a kernel.
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--copy-only", action="store_true", help="make the copies, say where, and stop")
     own, for_jupyter = parser.parse_known_args(arguments)
     folder = user_folder("notebooks")
-    for line in update_copies(chapters_folder(), folder):
+    for line in update_copies(repository() / "notebooks", folder):
         print(line)
     print(f"Your copies are in {folder}", flush=True)
     if own.copy_only:
@@ -43,17 +43,6 @@ def main(arguments: Sequence[str]) -> int:
 
     LabApp.launch_instance([*server_arguments(folder, own.port, own.no_browser), *for_jupyter])
     return 0
-
-
-def chapters_folder() -> Path:
-    """The repository's notebooks/. Raises FileNotFoundError where the package was installed without it."""
-    folder = REPOSITORY / "notebooks"
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"the chapters are not beside the package (looked in {folder}): clone the repository and run "
-            "`make lab` there, or `pip install -e .`, which keeps the two together"
-        )
-    return folder
 
 
 def update_copies(source: Path, target: Path) -> Iterator[str]:

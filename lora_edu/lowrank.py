@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_edu.text import check_rank
+
 
 class Factors(NamedTuple):
     """A matrix as U · diag(S) · Vh: U (m, r) and Vhᵀ (n, r) have orthonormal columns, S (r,) falls."""
@@ -51,7 +53,7 @@ def truncate(matrix: Tensor, rank: int) -> Tensor:
     Where σ_r = σ_{r+1} there are several nearest ones; this is one of them.
     """
     matrix = _matrix(matrix)
-    rank = _rank(rank, matrix)
+    rank = check_rank(rank, matrix.shape, "matrix")
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
@@ -87,7 +89,7 @@ def randomized_svd(
     matrix = _matrix(matrix)
     smaller = min(matrix.shape)
     if rank is not None:
-        rank = _rank(rank, matrix)
+        rank = check_rank(rank, matrix.shape, "matrix")
     if share is not None:
         _check_share(share)
     # Squares of very large or small entries would overflow or vanish, so work on entries of size 1.
@@ -262,7 +264,7 @@ def amplification_factor(delta: Tensor, weight: Tensor, rank: int) -> float:
     delta, weight = _matrix(delta, "delta"), _matrix(weight, "weight")
     if delta.shape != weight.shape:
         raise ValueError(f"delta and weight must have one shape; got {_shape(delta)} and {_shape(weight)}")
-    rank = _rank(rank, delta, "delta")
+    rank = check_rank(rank, delta.shape, "delta")
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     _check_directions(S, delta, rank, "delta", "rank")
     dtype = torch.promote_types(delta.dtype, weight.dtype)
@@ -422,20 +424,6 @@ def _matrix(value: Tensor, name: str = "matrix") -> Tensor:
             f"the first at [{row}, {column}]. Look there before decomposing it"
         )
     return matrix
-
-
-def _rank(rank: int, matrix: Tensor, name: str = "matrix") -> int:
-    smaller = min(matrix.shape)
-    try:
-        whole = operator.index(rank)
-    except TypeError:
-        raise TypeError(f"rank must be a whole number; got {rank!r}") from None
-    if not 1 <= whole <= smaller:
-        raise ValueError(
-            f"rank must be between 1 and {smaller} (the smaller side of the {_shape(matrix)} {name}); "
-            f"got {whole}"
-        )
-    return whole
 
 
 def _spectrum(value: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lora_edu.paths import REPOSITORY, write_atomically
+from lora_edu.paths import REPOSITORY, repository, write_atomically
 
 FOLDER = REPOSITORY / "notebooks"
-TAGS = {"setup", "exercise", "solution", "nbval-ignore-output"}
+TAGS = {"setup", "exercise", "solution", "folded", "nbval-ignore-output"}
 LIVE_VIEW = "application/vnd.jupyter.widget-view+json"  # means nothing without the kernel that made it
 LONGEST_CELL = 25  # lines
 PREDICTION = "explore.predict("  # what a cell begins with that holds a question and all its replies
@@ -132,8 +132,12 @@ def assemble(prefix: str, cells: Sequence[NotebookNode]) -> NotebookNode:
         new = new_code_cell if cell.cell_type == "code" else new_markdown_cell
         identity = f"{prefix}-{digest}" + (f"-{seen[digest]}" if seen[digest] > 1 else "")
         metadata = {"tags": list(cell.metadata.tags)} if cell.metadata.tags else {}
-        if cell.cell_type == "code" and cell.source.startswith(PREDICTION):
-            metadata["jupyter"] = {"source_hidden": True}  # its code would tell the replies before a choice
+        if cell.cell_type == "code" and (
+            cell.source.startswith(PREDICTION) or "folded" in cell.metadata.tags
+        ):
+            metadata["jupyter"] = {
+                "source_hidden": True
+            }  # a prediction's code tells the replies before a choice
         made.append(new(cell.source, id=identity, metadata=metadata))
     return new_notebook(cells=made, metadata=METADATA)
 
@@ -246,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     wrong = []
     try:
+        repository()
         for name in chosen.names or names():
             if chosen.action == "build":
                 build(name)

@@ -283,15 +283,21 @@ def plain_ticks(axis: Axis, ticks: Sequence[float]) -> None:
 
 @style()
 def bars(
-    axes: Axes, names: Sequence[str], values: Sequence[float], colours: Sequence[str], texts: Sequence[str]
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    colours: Sequence[str],
+    texts: Sequence[str],
+    **labels,
 ) -> list[Artist]:
-    """Horizontal bars from the top down, each with its value written beside it."""
+    """Horizontal bars from the top down, each with its value written beside it; `labels` go to Axes.set."""
     drawn = axes.barh(range(len(names)), values, color=colours, height=0.7)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(values))
     axes.grid(False, axis="y")
     axes.bar_label(drawn, texts, padding=3, fontsize=8.5)
+    axes.set(**labels)
     return list(drawn)
 
 
@@ -590,6 +596,51 @@ def heat(axes: Axes, grid, title: str, x: str, y: str) -> AxesImage:
 
 
 @style()
+def dots_by_kind(
+    axes: Axes, groups: Mapping[str, Mapping[str, Sequence[float]]], legend: bool = True, **labels
+) -> list[Line2D]:
+    """A row for each kind of matrix, a colour for each group of values, a dot for each layer.
+
+    groups: name → kind → values; the kinds of the first one name the rows, from the top down. `labels` go to Axes.set.
+    """
+    kinds = list(next(iter(groups.values())))
+    drawn = []
+    for place, ((name, values), colour) in enumerate(zip(groups.items(), PALETTE, strict=False)):
+        down = 0.24 * (place - (len(groups) - 1) / 2)
+        x = [value for kind in kinds for value in values[kind]]
+        y = [row + down for row, kind in enumerate(kinds) for _ in values[kind]]
+        drawn += axes.plot(x, y, "o", color=colour, markersize=4.5, markeredgewidth=0, alpha=0.75, label=name)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    if legend:
+        axes.legend(loc="best", handletextpad=0.2)
+    axes.set(**labels)
+    return drawn
+
+
+@style()
+def paired_bars(axes: Axes, groups: Mapping[str, Mapping[str, float]], **labels) -> list[Artist]:
+    """Horizontal bars in groups, a group a row, each with its share written beside it; `labels` go to Axes.set.
+
+    groups: name of the bar → row → value; the rows of the first name the axis, from the top down.
+    """
+    rows = list(next(iter(groups.values())))
+    thick = 0.8 / len(groups)
+    drawn: list[Artist] = []
+    for place, ((name, values), colour) in enumerate(zip(groups.items(), PALETTE, strict=False)):
+        y = [row + thick * (place - (len(groups) - 1) / 2) for row in range(len(rows))]
+        bars = axes.barh(y, [values[row] for row in rows], height=0.92 * thick, color=colour, label=name)
+        axes.bar_label(bars, [f"{values[row]:.0%}" for row in rows], padding=3, fontsize=8)
+        drawn += list(bars)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlim=(0, 1.18 * max(max(values.values()) for values in groups.values())), **labels)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.legend(loc="best")
+    return drawn
+
+
+@style()
 def roofline(
     axes: Axes, bandwidth: float, peak: float, points: Mapping[str, tuple[float, float]]
 ) -> list[Artist]:
@@ -662,12 +713,12 @@ def rate_curves(axes: Axes, losses: Mapping[str, Mapping[float, float]], **label
 
 
 @style()
-def level_grid(axes: Axes, grid, rows: Sequence[int], columns: Sequence[int], **labels) -> AxesImage:
-    """Values from 0 to 1 as a table of coloured cells with the value in each; `labels` go to Axes.set."""
+def level_grid(axes: Axes, grid, rows: Sequence, columns: Sequence, high: float = 1.0, **labels) -> AxesImage:
+    """Values from 0 to `high` as a table of coloured cells with the value in each; `labels` go to Axes.set."""
     values = np.asarray(grid, float)
-    image = axes.imshow(values, vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(values, vmin=0, vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if value < 0.6 else BLACK
+        colour = "white" if value < 0.6 * high else BLACK
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(len(columns)), [str(each) for each in columns])
     axes.set_yticks(range(len(rows)), [str(each) for each in rows])

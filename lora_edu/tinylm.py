@@ -18,7 +18,7 @@ class TinyLM(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int = 10_000, width: int = 100, layers: int = 4, heads: int = 5, context: int = 256
+        self, vocabulary: int = 10_000, width: int = 100, layers: int = 6, heads: int = 5, context: int = 256
     ):
         super().__init__()
         if width % heads or (width // heads) % 2:

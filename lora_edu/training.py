@@ -1,12 +1,11 @@
 """One training loop for everything in the course: pre-training, full tuning and every other way to tune.
 
-Progress bar, history, held-out evaluation, early stop, resume after an interrupt, several processes under torchrun.
-It knows no method: it trains the parameters that the optimizer holds.
+Progress bar, history, held-out evaluation, early stop, resume after an interrupt. It knows no method: it trains the
+parameters that the optimizer holds. Not for the loss (loss.py).
 """
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from lora_edu.paths import write_atomically
+from lora_edu.loss import next_token_loss
+from lora_edu.paths import expanded, write_atomically
+from lora_edu.text import printable
 
 
 @dataclass
@@ -89,43 +90,45 @@ def fit(
     evaluate_every: int = 50,
     patience: int | None = None,
     clip: float | None = 1.0,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     save_seconds: float = 30.0,
     progress: bool | str = True,
 ) -> History:
     """Train the parameters that the optimizer holds for `steps` steps and return the history.
 
     batches: step → (inputs, targets). schedule: share of the run done, in [0, 1) → factor on each group's learning
-    rate (default: `warm_then_linear()`). loss: (model, inputs, targets) → scalar (default: `next_token_loss`).
-    held_out: model → loss, or several by name (the first decides), every
+    rate (default: `warm_then_linear()`). loss: (model, inputs, targets) → scalar (default: `next_token_loss`, which
+    takes models of transformers too).
+    held_out: model → loss (a number, or a tensor that holds one), or several by name (the first decides), every
     `evaluate_every` steps and at the end; with `patience` the run stops after that many evaluations without a better
-    one, and ends with the best weights. clip: largest gradient norm.
-    checkpoint: a safetensors file, written every `save_seconds` and on an interrupt; where it is there already,
-    the run goes on from it, to the same weights as an undisturbed run gives on the same machine. progress: False for
-    none, or a label for the bar.
+    one, and ends with the best weights. clip: largest gradient norm. Gradients may be sparse (`pair_optimizers`).
+    checkpoint: a safetensors file, written after the first step, every `save_seconds` and on an interrupt; where it is
+    there already, the run goes on from it, to the same weights as an undisturbed run gives on the same machine.
+    progress: False for none, or a label for the bar.
 
-    Under torchrun every process calls this alike; each takes its share of every batch, gradients are averaged
-    (DistributedDataParallel), the first process alone draws the bar and writes the checkpoint, and all return the
-    same history. A batch has to be a multiple of the number of processes.
-
-    Raises FloatingPointError when the loss is no finite number or explodes (the mean of 20 steps is over twice the
-    first loss), torch.OutOfMemoryError when a GPU is full; both say at which step and what to try. The last
-    checkpoint is kept.
+    Raises ValueError where no parameter of the optimizer gets a gradient (it was made before `add_lora`), and where the
+    checkpoint is another program's or another run's: it is then left as it is. Raises FloatingPointError when the loss
+    or a gradient is no number or the loss explodes (the mean of 20 steps above twice the first loss),
+    torch.OutOfMemoryError when a GPU is full; both say at which step and what to try. The last checkpoint is kept.
     """
     schedule = schedule or warm_then_linear()
+    step_loss = loss or next_token_loss
     history, best, start = History(), None, 0
-    rates = [group["lr"] for group in optimizer.param_groups]
-    if checkpoint is not None and checkpoint.is_file():
-        start, history, best = _resume(checkpoint, model, optimizer)
-    team = Team()
-    step_loss = team.share(LossOf(model, loss or next_token_loss))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if parameters[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats(parameters[0].device)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(_nothing_to_train(parameters))
+    path = None if checkpoint is None else expanded(checkpoint)
+    if path is not None and path.exists():
+        start, history, best = _resume(path, model, optimizer)
+    device = parameters[0].device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     label = progress if isinstance(progress, str) else "training"
-    hidden = progress is False or team.rank > 0
-    bar = tqdm(total=steps, initial=start, desc=label, disable=hidden, leave=False, mininterval=0.5)
-    saved = time.monotonic()
+    bar = tqdm(
+        total=steps, initial=start, desc=label, disable=progress is False, leave=False, mininterval=0.5
+    )
+    saved = -math.inf
     step = start
     model.train()
     try:
@@ -136,32 +139,34 @@ def fit(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optimizer.zero_grad(set_to_none=True)
-            value = step_loss(*team.part(inputs, targets))
+            value = step_loss(model, inputs, targets)
             value.backward()
-            value = team.mean(value.detach())
+            value = value.item()
+            if step == start and all(p.grad is None for p in parameters):
+                model.zero_grad(set_to_none=True)
+                raise ValueError(_nothing_to_train(parameters))
             norms = _group_norms(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else math.inf).item()
+            norm = _clip(parameters, clip)
             _refuse_to_go_on(step, value, norm, history)
             optimizer.step()
             step += 1
             taken = time.monotonic() - began
-            row = {"step": step, "loss": value, "learning_rate": optimizer.param_groups[0]["lr"]}
+            row = {"step": step, "loss": value, "learning_rate": float(optimizer.param_groups[0]["lr"])}
             row |= {"gradient_norm": norm, "seconds": taken, "tokens": targets.numel()} | norms
             history.steps.append(row)
             history.seconds += taken
             history.tokens += targets.numel()
-            history.peak_memory = max(history.peak_memory, _peak_memory(parameters[0].device))
+            history.peak_memory = max(history.peak_memory, _peak_memory(device))
             bar.update()
             bar.set_postfix_str(f"loss {value:.3f}, {history.tokens_per_second:,.0f} tokens/s", refresh=False)
             if held_out is not None and (step % evaluate_every == 0 or step == steps):
-                best = _evaluate(model, held_out, history, step, patience, best, team)
-            due = step == steps or time.monotonic() - saved > save_seconds
-            if checkpoint is not None and due and team.rank == 0:
-                _save(checkpoint, model, optimizer, step, history, best)
+                best = _evaluate(model, held_out, history, step, patience, best)
+            if path is not None and (step == steps or time.monotonic() - saved > save_seconds):
+                _save(path, model, optimizer, step, history, best)
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        if checkpoint is not None and team.rank == 0:
-            _save(checkpoint, model, optimizer, step, history, best)
+        if path is not None:
+            _save(path, model, optimizer, step, history, best)
         raise
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
@@ -210,120 +215,6 @@ def disjoint_windows(tokens: Tensor, context: int, batch: int) -> Iterator[tuple
     return zip(inputs.split(batch), targets.split(batch), strict=True)
 
 
-def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, in nats. inputs, targets: (batch, time) int64.
-
-    For a model with `hidden` and `head` the logits of the whole batch (16 × 256 × 10 000 numbers: 164 MB) are never
-    held at once: `HeadLoss` goes through them in slices. For any other model: logits, then cross-entropy.
-    """
-    if not (hasattr(model, "hidden") and hasattr(model, "head")):
-        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    head, hidden, low, lora_B = model.head, model.hidden(inputs).flatten(0, 1), None, None
-    if hasattr(head, "lora_B") and not head.merged:
-        low, lora_B = head.scaling * F.linear(hidden, head.lora_A), head.lora_B
-    return HeadLoss.apply(hidden, head.weight, targets.flatten(), low, lora_B)
-
-
-class HeadLoss(torch.autograd.Function):
-    """mean cross-entropy of softmax(z) against targets, in slices of 256 tokens; gradients made on the way.
-
-    hidden h (tokens, width), weight W (vocabulary, width), targets (tokens,) → scalar. z = h Wᵀ, and with LoRA
-    z = h Wᵀ + low Bᵀ for low = s · h Aᵀ (tokens, r) and lora_B (vocabulary, r): ΔW is never formed. With p =
-    softmax(z), the one-hot target y and g = (p − y) / tokens: ∂/∂h = g W, ∂/∂W = gᵀ h, ∂/∂low = g B, ∂/∂B = gᵀ low.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, low: Tensor | None, lora_B: Tensor | None
-    ) -> Tensor:
-        needs_hidden, needs_weight, _, needs_low, needs_B = ctx.needs_input_grad
-        x, table = (
-            (hidden, weight) if low is None else (torch.cat([hidden, low], 1), torch.cat([weight, lora_B], 1))
-        )
-        width, tokens, total = hidden.shape[1], len(targets), hidden.new_zeros(())
-        grad_x = torch.empty_like(x) if needs_hidden or needs_low else None
-        trained = slice(0 if needs_weight else width, None if needs_B else width)  # columns of the table
-        grad_table = torch.zeros_like(table[:, trained]) if needs_weight or needs_B else None
-        for start in range(0, tokens, 256):
-            rows, y = x[start : start + 256], targets[start : start + 256, None]
-            z = rows @ table.T
-            z -= z.amax(dim=1, keepdim=True)
-            right = z.gather(1, y)
-            sums = z.exp_().sum(dim=1, keepdim=True)
-            total += (sums.log() - right).sum()
-            if grad_x is not None or grad_table is not None:
-                z /= sums * tokens
-                z.scatter_add_(1, y, torch.full_like(right, -1 / tokens))
-            if grad_x is not None:
-                torch.mm(z, table, out=grad_x[start : start + 256])
-            if grad_table is not None:
-                grad_table.addmm_(z.T, rows[:, trained])
-        ctx.width = width
-        ctx.save_for_backward(grad_x, grad_table)
-        return total / tokens
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (grad_x, grad_table), width = ctx.saved_tensors, ctx.width
-        needs_hidden, needs_weight, _, needs_low, needs_B = ctx.needs_input_grad
-        first = width if needs_weight else 0  # where B's columns begin in grad_table
-        return (
-            grad * grad_x[:, :width] if needs_hidden else None,
-            grad * grad_table[:, :width] if needs_weight else None,
-            None,
-            grad * grad_x[:, width:] if needs_low else None,
-            grad * grad_table[:, first:] if needs_B else None,
-        )
-
-
-class LossOf(nn.Module):
-    """A model with its loss as one module, whose forward pass DistributedDataParallel can watch."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor]):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.loss(self.model, inputs, targets)
-
-
-class Team:
-    """The processes of a run: this one alone, or those that torchrun started (`rank` of `size`)."""
-
-    def __init__(self):
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        there = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank, self.size = (
-            (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
-        )
-
-    def share(self, module: nn.Module) -> nn.Module:
-        """The module itself, or one whose backward pass averages gradients over the processes."""
-        return module if self.size == 1 else nn.parallel.DistributedDataParallel(module)
-
-    def part(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """This process's rows of a batch."""
-        if len(tensors[0]) % self.size:
-            raise ValueError(
-                f"a batch must be a multiple of the {self.size} processes; got {len(tensors[0])} rows"
-            )
-        return tuple(each[self.rank :: self.size] for each in tensors)
-
-    def mean(self, value: Tensor) -> float:
-        if self.size > 1:
-            torch.distributed.all_reduce(value)
-        return value.item() / self.size
-
-    def first(self, value):
-        """The first process's value, everywhere: what decides about stopping must not differ by a rounding."""
-        if self.size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box)
-        return box[0]
-
-
 def warm_then_linear(warm: float = 0.05) -> Callable[[float], float]:
     """Learning-rate factor: up from 0 over the first `warm` share of the run, then straight down to 0."""
 
@@ -333,14 +224,48 @@ def warm_then_linear(warm: float = 0.05) -> Callable[[float], float]:
     return factor
 
 
+def _nothing_to_train(parameters: list[Tensor]) -> str:
+    numbers = sum(p.numel() for p in parameters)
+    return (
+        f"none of the optimizer's {len(parameters)} parameters ({numbers} numbers) gets a gradient, so nothing would "
+        "be trained: are they frozen, or was the optimizer made before add_lora? Make it afterwards, from "
+        "lora_edu.lora.trainable_parameters(model)"
+    )
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """The gradients' numbers, to be read and scaled in place; of a sparse gradient those of the rows it holds."""
+    found = []
+    for each in parameters:
+        if each.grad is not None and each.grad.is_sparse:
+            # One row a token: repeated ones are added up first, since the norm is their sum's.
+            each.grad = each.grad.coalesce()
+            found.append(each.grad.values())
+        elif each.grad is not None:
+            found.append(each.grad)
+    return found
+
+
 def _group_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """‖gradient‖ of each of the optimizer's groups that has a name."""
     norms = {}
     for group in optimizer.param_groups:
-        gradients = [p.grad for p in group["params"] if p.grad is not None]
-        if "name" in group and gradients:
+        gradients = _gradients(group["params"]) if "name" in group else []
+        if gradients:
             norms[f"gradient_norm/{group['name']}"] = nn.utils.get_total_norm(gradients).item()
     return norms
+
+
+def _clip(parameters: list[Tensor], clip: float | None) -> float:
+    """Scale all gradients down to a common norm of `clip`, in place; returns the norm they had."""
+    gradients = _gradients(parameters)
+    norm = nn.utils.get_total_norm(gradients)
+    if clip is not None:
+        # As torch's clip_grad_norm_, which can't take sparse gradients.
+        factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+        for each in gradients:
+            each.mul_(factor.to(each.device))
+    return norm.item()
 
 
 def _refuse_to_go_on(step: int, value: float, norm: float, history: History) -> None:
@@ -371,14 +296,15 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _evaluate(
-    model, held_out, history: History, step: int, patience: int | None, best: dict | None, team: Team
+    model, held_out, history: History, step: int, patience: int | None, best: dict | None
 ) -> dict | None:
     """Append the held-out loss; keep a copy of the best weights when the run may stop early."""
-    losses = team.first(held_out(model))
+    losses = held_out(model)
     if isinstance(losses, dict):
+        losses = {str(name): _number(value, f"held_out[{name!r}]") for name, value in losses.items()}
         history.evaluations.append({"step": step} | losses)
         losses = next(iter(losses.values()))
-    history.held_out.append((step, losses))
+    history.held_out.append((step, _number(losses, "held_out")))
     model.train()
     if patience is None:
         return None
@@ -390,41 +316,101 @@ def _evaluate(
     return best
 
 
+def _number(value: object, name: str) -> float:
+    """A loss as Python's float, whatever holds it: a tensor or an array of one number, too."""
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must give one number (or several by name, in a dictionary); got {printable(repr(value))}"
+        ) from None
+
+
+# Checkpoints: everything a run needs to go on, as one safetensors file
+
+
 def _save(path: Path, model, optimizer, step: int, history: History, best: dict | None) -> None:
-    """Everything a run needs to go on, as one safetensors file."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    state = optimizer.state_dict()
-    for index, values in state["state"].items():
-        tensors |= {
-            f"optimizer.{index}.{key}": torch.as_tensor(value)
-            for key, value in values.items()
-            if value is not None
-        }
+    numbers = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            elif isinstance(value, bool | int | float | str | None):
+                numbers.setdefault(str(index), {})[key] = value
+            else:
+                raise TypeError(
+                    f"a checkpoint holds tensors and numbers, but {type(optimizer).__name__} keeps {key!r} as a "
+                    f"{type(value).__name__}; train without `checkpoint`, or with another optimizer"
+                )
     tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
-    about = {"step": step, "history": vars(history)}
+    about = {"step": step, "history": vars(history), "optimizer": _portrait(optimizer), "numbers": numbers}
     data = save_safetensors(
         {k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"about": json.dumps(about)}
     )
     write_atomically(path, data)
 
 
+def _portrait(optimizer: torch.optim.Optimizer) -> dict:
+    """What an optimizer must have in common with the one whose state it takes over."""
+    shapes = [list(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    return {"kind": type(optimizer).__name__, "shapes": shapes}
+
+
 def _resume(path: Path, model, optimizer) -> tuple[int, History, dict | None]:
-    data = path.read_bytes()
-    about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["about"])
-    model_state, optimizer_state, best = {}, {}, {}
-    for name, value in load_safetensors(data).items():
-        kind, _, rest = name.partition(".")
-        if kind == "model":
-            model_state[rest] = value
-        elif kind == "best":
-            best[rest] = value
-        else:
-            index, _, key = rest.partition(".")
-            optimizer_state.setdefault(int(index), {})[key] = value
-    model.load_state_dict(model_state)
-    optimizer.load_state_dict(
-        {"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    """Take a checkpoint's weights and state over; ValueError, and nothing changed, if they aren't this run's."""
+    tensors, about = _read(path)
+    parts = {"model": {}, "best": {}, "optimizer": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
+    mine = model.state_dict()
+    for name in {**mine, **parts["model"]}:
+        here, there = (
+            tuple(state[name].shape) if name in state else "missing" for state in (mine, parts["model"])
+        )
+        if here != there:
+            raise ValueError(
+                _not_this_run(path, f"{printable(name)} is {there} in it and {here} in the model")
+            )
+    wanted, found = _portrait(optimizer), about.get("optimizer", _portrait(optimizer))
+    if found != wanted:
+        it, this = (f"{each['kind']} over {len(each['shapes'])} parameters" for each in (found, wanted))
+        other = f"{it}, here it is {this}" if it != this else f"{it} of other shapes"
+        raise ValueError(_not_this_run(path, f"its optimizer was {other}"))
+    state = {int(index): dict(values) for index, values in about.get("numbers", {}).items()}
+    for name, value in parts["optimizer"].items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    model.load_state_dict(parts["model"])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     history = History(**about["history"])
     history.held_out = [tuple(pair) for pair in history.held_out]
-    return about["step"], history, best or None
+    return about["step"], history, parts["best"] or None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a checkpoint and what it says about itself; ValueError for any other file."""
+    if path.is_dir():
+        raise ValueError(f"a checkpoint is a file; {printable(path)} is a folder. Name a file in it")
+    data = path.read_bytes()
+    try:
+        tensors = load_safetensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = json.loads(header["__metadata__"]["about"])
+        History(**about["history"]), about["step"] + 1
+        if not all(name.partition(".")[0] in ("model", "best", "optimizer") for name in tensors):
+            raise KeyError
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{printable(path)} is no checkpoint of fit, so it is neither read nor overwritten: name another file, or "
+            "move that one away"
+        ) from None
+    return tensors, about
+
+
+def _not_this_run(path: Path, why: str) -> str:
+    return (
+        f"{printable(path)} is the checkpoint of another run: {why}. It is left as it is: name another file, or delete "
+        "it to begin anew"
+    )

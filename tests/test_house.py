@@ -17,11 +17,11 @@ from lora_edu import notebooks
 from lora_edu.paths import REPOSITORY
 
 FLOORS = {
-    1: ["paths", "lowrank", "counting", "data"],
-    2: ["tinylm", "lora"],
+    1: ["paths", "text", "lowrank", "counting", "data"],
+    2: ["tinylm", "lora", "loss"],
     3: ["training", "plots", "tuning"],
-    4: ["explore", "exercises", "data.make", "data.sweeps", "data.analysis"],
-    5: ["cli", "lab", "doctor", "notebooks", "delta", "site"],
+    4: ["explore", "exercises", "recording"],
+    5: ["cli", "lab", "doctor", "notebooks", "delta", "site", "guard"],
 }
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
 PACKAGE = REPOSITORY / "lora_edu"
@@ -29,7 +29,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
-    """lora_edu/data/make.py → data.make, lora_edu/data/__init__.py → data."""
+    """lora_edu/recording/make.py → recording.make, lora_edu/data/__init__.py → data."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip(".")
 
 
@@ -45,11 +45,11 @@ def floor_of(module: str) -> int:
     return max(covering)[1]
 
 
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in it, by full name."""
+def imports(path: Path, text: str | None = None) -> set[str]:
+    """Every module that a file imports, wherever in it, by full name. text: instead of what is in the file."""
     found = set()
     package = ("lora_edu", *path.relative_to(PACKAGE).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if text is None else text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -64,33 +64,75 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_run_down_the_floors(path):
+def against_the_arrows(path: Path, text: str | None = None) -> list[str]:
+    """What a module imports of ours from a floor that it may not import from."""
     module = name_of(path)
-    ours = {name.removeprefix("lora_edu.") for name in imports(path) if name.startswith("lora_edu.")}
+    ours = {name.removeprefix("lora_edu.") for name in imports(path, text) if name.startswith("lora_edu.")}
     if not module:
-        assert not ours, "importing the package itself imports nothing"
-        return
+        return sorted(ours)  # importing the package itself imports nothing
     floor = floor_of(module)
     room = module.split(".")[0]
-    for other in ours:
+
+    def allowed(other: str) -> bool:
         inside = other.split(".")[0] == room and floor_of(other) <= floor
-        beside = floor == 5 or other == "paths"
-        assert inside or beside or floor_of(other) < floor, f"{module} (floor {floor}) imports {other}"
+        return inside or floor == 5 or other in ("paths", "text") or floor_of(other) < floor
+
+    return sorted(other for other in ours if not allowed(other))
+
+
+def forbidden_libraries(path: Path, text: str | None = None) -> set[str]:
+    """What a module imports of others though no module, or none of its floor, may."""
+    module = name_of(path)
+    roots = {name.split(".")[0] for name in imports(path, text)}
+    forbidden = {"peft", "loralib", "transformers"}  # references, to compare with
+    if module and floor_of(module) < 4:
+        forbidden |= {"ipywidgets"}
+    if module.split(".")[0] in ("", "counting", "paths", "text", "cli"):
+        forbidden |= {"torch", "numpy"}
+    return roots & forbidden
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_what_no_module_may_import(path):
-    roots = {name.split(".")[0] for name in imports(path)}
-    assert not roots & {"peft", "loralib", "transformers"}, "references, to compare with"
-    if name_of(path) and floor_of(name_of(path)) < 4:
-        assert "ipywidgets" not in roots
-    if name_of(path).split(".")[0] in ("", "counting", "paths", "cli"):
-        assert not roots & {"torch", "numpy"}
+def test_imports_run_down_the_floors(path):
+    assert not against_the_arrows(path)
+    assert not forbidden_libraries(path)
 
 
-def test_an_import_against_the_arrows_is_found():
-    assert floor_of("data.make") == 4 and floor_of("data.corpus") == 1
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("lowrank.py", "from lora_edu.tinylm import TinyLM", ["tinylm"]),
+        ("lowrank.py", "from . import plots", ["plots"]),
+        ("lowrank.py", "def later():\n    import lora_edu.training", ["training"]),
+        ("plots.py", "from lora_edu import training", ["training"]),  # of the same floor, another room
+        ("lora/layers.py", "from ..training import fit", ["training"]),
+        ("data/corpus.py", "from lora_edu import explore", ["explore"]),
+        ("explore/deltas.py", "from lora_edu.site import book", ["site", "site.book"]),
+        ("__init__.py", "from lora_edu.paths import REPOSITORY", ["paths"]),
+        ("lora/layers.py", "from lora_edu.lora.functional import lora_embedding", []),
+        ("training.py", "from lora_edu import tinylm\nfrom lora_edu.paths import write_json", []),
+    ],
+)
+def test_an_import_against_the_arrows_is_found(file, line, found):
+    assert against_the_arrows(PACKAGE / file, line) == found
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("lora/peft_format.py", "import peft.tuners", {"peft"}),
+        ("exercises/answers.py", "from transformers import AutoModel", {"transformers"}),
+        ("plots.py", "import ipywidgets as widgets", {"ipywidgets"}),
+        ("explore/deltas.py", "import ipywidgets as widgets", set()),
+        ("cli.py", "def later():\n    import torch", {"torch"}),
+        ("training.py", "import torch, numpy", set()),
+    ],
+)
+def test_a_library_where_it_may_not_be_is_found(file, line, found):
+    assert forbidden_libraries(PACKAGE / file, line) == found
+
+
+def test_a_module_without_a_floor_is_found():
     with pytest.raises(AssertionError, match="stands on no floor"):
         floor_of("attic")
 

@@ -480,7 +480,7 @@ def test_bad_input_is_told_the_rule(case):
 
 
 def test_a_rank_that_is_no_whole_number():
-    with pytest.raises(TypeError, match=r"rank must be a whole number; got 2\.5"):
+    with pytest.raises(ValueError, match=r"rank must be a whole number; got 2\.5"):
         lowrank.truncate(one, 2.5)
 
 

@@ -52,3 +52,15 @@ def test_flat_ground_is_lit_evenly_and_a_slope_towards_the_light_is_brighter():
         for axes, heights in ((one, np.zeros((20, 20))), (other, east), (third, -east))
     )
     assert np.ptp(flat) == 0 and towards.mean() > away.mean()
+
+
+def test_dots_by_kind_stand_in_the_row_of_their_kind_and_bars_say_their_share():
+    figure, (left, right) = plots.subplots(1, 2)
+    values = {"one": {"query": [1.0, 2.0], "head": [5.0]}, "other": {"query": [3.0], "head": [4.0, 6.0]}}
+    one, other = plots.dots_by_kind(left, values)
+    assert [round(y) for y in one.get_ydata()] == [0, 0, 1] and list(other.get_xdata()) == [3.0, 4.0, 6.0]
+    assert [text.get_text() for text in left.get_yticklabels()] == ["query", "head"]
+    plots.paired_bars(right, {"lost": {"query": 0.5, "head": 0.25}, "kept": {"query": 0.1, "head": 1.0}})
+    assert {text.get_text() for text in right.texts} == {"50%", "25%", "10%", "100%"}
+    plots.to_png(figure)
+    assert not plots.crowded(figure)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from ipywidgets import Widget
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lora_edu import notebooks
+from lora_edu.explore import predict
 from lora_edu.notebooks import LIVE_VIEW
 from lora_edu.site import book, pages
 
@@ -104,7 +106,7 @@ def test_the_page_holds_its_explorers_widgets_and_no_others(site):
 
 def test_it_ran_without_a_network_in_a_readers_folder_of_its_own(site):
     text = html.unescape(re.sub(r"<[^>]*>", "", body(site / "99_try.html")))
-    assert "a folder of its own: True\nthe tests' kernels have no network" in text
+    assert "a folder of its own: True\nthis kernel has no network" in text
 
 
 def test_links_between_notebooks_and_to_the_solutions_lead_to_pages(site):
@@ -199,6 +201,36 @@ def test_widgets_without_a_picture(model, line):
         assert "make lab" in data["text/html"] and "r &lt; 8" in data["text/html"]
     else:
         assert data == {"text/plain": "r < 8"}
+
+
+def test_a_prediction_shows_its_options_and_keeps_its_replies_for_the_script():
+    shown = predict("Why <so>?", {"a & b": "Because.", "c": "Look again."})
+    state = Widget.get_manager_state()["state"]
+    notebook = one_output(
+        {LIVE_VIEW: {"model_id": shown.model_id}, "text/plain": "Predict.", "text/html": "<p>"}
+    )
+    notebook.metadata = nbformat.from_dict({"widgets": {pages.STATE: {"state": state}}})
+    page = pages.make_page(notebook, "99_try")
+    text = page.source.cells[1].outputs[0].data["text/html"]
+    assert "<b>Why &lt;so&gt;?</b>" in text and "<li>a &amp; b</li><li>c</li>" in text
+    assert "Because" not in text and "Look again" not in text and f'data-model="{shown.model_id}"' in text
+    assert page.models[shown.buttons.model_id]["state"]["index"] is None, (
+        "none is chosen; its default is another"
+    )
+    assert "Because" in json.dumps(page.models)
+    shown.close()
+
+
+def test_the_first_page_has_what_stands_above_its_first_heading():
+    cells = [new_markdown_cell("# A\n\nOne."), new_code_cell("2"), new_markdown_cell("Three.\n\n## Four")]
+    assert [cell.source for cell in book.until_heading([*cells, new_code_cell("5")])] == [
+        "# A\n\nOne.",
+        "2",
+        "Three.\n",
+    ]
+    assert [
+        cell.source for cell in book.until_heading([new_code_cell("1"), new_markdown_cell("## Two")])
+    ] == ["1"]
 
 
 def test_the_script_of_the_widgets_cannot_end_early():

@@ -17,10 +17,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 OWN = REPOSITORY / ".venv"
 OLDEST = (3, 11)
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
+TWO_WORKERS = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
 COMMANDS = {
     "lab": ["-m", "lora_edu.cli", "lab"],
-    # A notebook's cells stay with one worker; files go out in conftest.py's order, not those of most tests first.
-    "test": ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"],
+    # conftest.py says what stays with one worker, and in which order it goes out.
+    "test": ["-m", "pytest", *TWO_WORKERS, "--durations=25"],
+    "quick": ["-m", "pytest", *TWO_WORKERS, "-m", "not slow and not browser"],
     "notebooks": ["-m", "lora_edu.notebooks", "build"],
     "data": ["-m", "lora_edu.cli", "data"],
     "site": ["-m", "lora_edu.site"],

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from lora_edu.counting.architectures import Architecture, Matrix
-from lora_edu.counting.formulas import check_rank, lora_parameters, near, share, size, spaced
+from lora_edu.counting.formulas import lora_parameters, share, size, spaced
 from lora_edu.counting.models import architecture
+from lora_edu.text import check_rank, did_you_mean
 
 _ATTENTION = ("query_key_value", "query", "key", "value", "output")
 _MLP = ("gate", "up", "down")
@@ -36,7 +37,7 @@ def adapted(model: str | Architecture, targets: str | Iterable[str]) -> list[Mat
         if not found:
             there = sorted({end for matrix in _choices(model) for end in (matrix.role, _end(matrix.name))})
             raise ValueError(
-                f"{model.name} has no matrix {target!r}{near(target, there)} There are: {', '.join(there)}; "
+                f"{model.name} has no matrix {target!r}{did_you_mean(target, there)} There are: {', '.join(there)}; "
                 f"groups: {', '.join(GROUPS)}"
             )
         chosen |= {(matrix.role, matrix.name): matrix for matrix in found}
@@ -136,6 +137,6 @@ def count(
     model = architecture(model)
     rows = []
     for matrix in adapted(model, targets):
-        check_rank(matrix.rows, matrix.columns, rank, matrix.role)
+        check_rank(rank, (matrix.rows, matrix.columns), matrix.role)
         rows.append(Row(*matrix, rank))
     return Count(model, rank, tuple(rows))

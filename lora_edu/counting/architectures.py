@@ -200,7 +200,7 @@ def gpt3(
 def tinylm(
     vocabulary: int = 10_000,
     width: int = 100,
-    layers: int = 4,
+    layers: int = 6,
     heads: int = 5,
     context: int = 256,
     name: str = "TinyLM",

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 
 from lora_edu.counting.adapters import count
 from lora_edu.counting.architectures import ARCHITECTURES, Architecture
-from lora_edu.counting.formulas import BYTES, OPTIMISERS, dtype_name, megabytes, optimiser_name
+from lora_edu.counting.formulas import BYTES, OPTIMISERS, dtype_name, optimiser_name, whole_number
 from lora_edu.counting.models import architecture
 from lora_edu.counting.published import published_table
 from lora_edu.counting.training_step import Memory, training_flops, training_memory
+from lora_edu.text import format_bytes
 
 BAD_INPUT = 2  # exit status: a model, a target or a number that can't be counted
 
@@ -26,7 +27,8 @@ def report(
     """What `lora-edu count` prints: the adapter's parameters and file, a training step's memory and FLOPs."""
     model, dtype, optimiser = architecture(model), dtype_name(dtype), optimiser_name(optimiser)
     counted = count(model, targets, rank)
-    sequence = min(model.context, 512) if sequence is None else sequence
+    batch = whole_number("batch", batch)
+    sequence = min(model.context, 512) if sequence is None else whole_number("sequence", sequence)
     packed = BYTES[dtype] < 2
     own = "float32" if packed else dtype
     lines = [
@@ -34,7 +36,7 @@ def report(
         "",
         str(counted),
         "",
-        f"the adapter on disk, {own}: {megabytes(counted.bytes(own))}",
+        f"the adapter on disk, {own}: {format_bytes(counted.bytes(own))}",
     ]
     if not model.understood:
         return "\n".join([*lines, f"(memory and FLOPs of {model.name}'s attention are not worked out)"])
@@ -46,7 +48,7 @@ def report(
     for name, memory in ways.items():
         method = "full" if name == "full tuning" else "lora"
         work = training_flops(model, method, rank, targets, batch=batch, sequence=sequence).total
-        cells = [megabytes(part) for part in (*memory, memory.total)] + [f"{work:.2e}"]
+        cells = [format_bytes(part) for part in (*memory, memory.total)] + [f"{work:.2e}"]
         lines.append(f"{name:<13}" + "".join(f"{cell:>13}" for cell in cells))
     if packed:
         lines.append("(full tuning needs weights of 16 bits or more)")
@@ -63,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(map(repr, ARCHITECTURES.values())))
         else:
             print(_answer(options))
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise  # no fault of the question: the reader of a pipe has seen enough
+    except ValueError as error:
         print(f"lora-edu count: {error}", file=sys.stderr)
         return BAD_INPUT
     return 0

@@ -4,6 +4,8 @@ import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lora_edu.text import check_rank, did_you_mean
+
 # Bytes a number takes. int4 is the packed weight alone: the scales that come with it depend on the format.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int4": 0.5}
 # Other names of the same widths. NF4 and FP4 differ from int4 in their values, not in their size.
@@ -57,7 +59,8 @@ def lora_parameters(rows: int, columns: int, rank: int) -> int:
     For the paper's square matrices this is its 2 · d_model · r (Hu et al. 2021, §5.1).
     Raises ValueError for a rank that no rows × columns matrix can need.
     """
-    check_rank(rows, columns, rank)
+    _check_shape(rows, columns)
+    check_rank(rank, (rows, columns))
     return rank * (rows + columns)
 
 
@@ -128,16 +131,9 @@ def known(table: Iterable[str], name: str, what: str, given: object) -> str:
     """`name` if it stands in the table; else a ValueError that shows what was given and what is near it."""
     if name in table:
         return name
-    raise ValueError(f"unknown {what} {str(given)!r}{near(str(given), table)} There are: {', '.join(table)}")
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """What the reader may have meant, as the middle of an error message."""
-    import difflib  # here, because it costs as much as all the rest of this package
-
-    spelt = {str(one).lower(): one for one in names}
-    close = [spelt[one] for one in difflib.get_close_matches(str(name).lower(), spelt, n=3, cutoff=0.5)]
-    return f"; did you mean {' or '.join(close)}?" if close else "."
+    raise ValueError(
+        f"unknown {what} {str(given)!r}{did_you_mean(str(given), table)} There are: {', '.join(table)}"
+    )
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
@@ -151,17 +147,6 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     return number
 
 
-def check_rank(rows: int, columns: int, rank: int, what: str = "weight") -> None:
-    """Raises ValueError for a rank that no rows × columns matrix can need."""
-    _check_shape(rows, columns)
-    smaller = min(rows, columns)
-    if not isinstance(rank, int) or not 1 <= rank <= smaller:
-        raise ValueError(
-            f"rank must be between 1 and {smaller} (the smaller side of the {rows} × {columns} {what}); "
-            f"got {rank!r}"
-        )
-
-
 def _check_shape(rows: int, columns: int) -> None:
     whole_number("rows", rows)
     whole_number("columns", columns)
@@ -173,12 +158,3 @@ def _check_shape(rows: int, columns: int) -> None:
 def spaced(number: float, digits: int = 0) -> str:
     """A number as the course prints it: 80 800."""
     return f"{number:,.{digits}f}".replace(",", " ")
-
-
-def megabytes(number: float) -> str:
-    """Bytes as text, in units of 1000 (a MB is 10⁶ bytes; the MiB of 2²⁰ is 4.9 % more)."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= scale:
-            scaled = number / scale
-            return f"{scaled:.3g} {unit}" if scaled < 999.5 else f"{scaled:,.0f} {unit}"
-    return f"{number:.0f} B"

@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from lora_edu.counting.architectures import (
     ARCHITECTURES,
@@ -20,7 +19,9 @@ from lora_edu.counting.architectures import (
     gpt2,
     llama,
 )
-from lora_edu.counting.formulas import known, near
+from lora_edu.counting.formulas import known
+from lora_edu.paths import expanded
+from lora_edu.text import did_you_mean
 
 CONFIG = "config.json"
 LARGEST = 10_000_000  # bytes of a config.json that is still read; real ones have a few thousand
@@ -47,7 +48,7 @@ def architecture(model: str | os.PathLike | Architecture) -> Architecture:
     text = os.fspath(model)
     if found := _by_name(text):
         return found
-    path = Path(os.path.expanduser(text))
+    path = expanded(text)
     if path.exists():
         return read_config(path)
     if text.endswith(".json") or text.startswith(("~", ".", os.sep)):
@@ -77,7 +78,7 @@ def read_config(path: str | os.PathLike) -> Architecture:
 
     Raises ValueError, in one line, where there is none, it is no JSON, or `from_config` can't count it.
     """
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path} holds no {CONFIG}: give the folder of a model as transformers saves it")
@@ -109,7 +110,7 @@ def from_config(config: Config, name: str) -> Architecture:
                 f"{name}: the config must have a model_type; got {kind!r}. Worked out are: {there}"
             )
         raise ValueError(
-            f"{name}: models of type {kind!r} are not worked out{near(kind, KINDS)} Those are: {there}"
+            f"{name}: models of type {kind!r} are not worked out{did_you_mean(str(kind), KINDS)} Those are: {there}"
         )
     return KINDS[kind](config, name)
 

@@ -72,11 +72,3 @@ def linear_bytes(tokens: int, inputs: int, outputs: int, rank: int, each: int = 
 def linear_operations(tokens: int, inputs: int, outputs: int, rank: int) -> dict[str, int]:
     """Multiplications and additions of the same: of W x, and of what LoRA adds to it, without s and the sum."""
     return {"plain": 2 * tokens * inputs * outputs, "LoRA": 2 * tokens * rank * (inputs + outputs)}
-
-
-def short(number: float) -> str:
-    """Bytes to three digits: 4.21 MB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e3:.3g} kB"

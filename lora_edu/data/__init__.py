@@ -1,11 +1,13 @@
 """What the course works on: text that every reader has (`corpus`) and what ships, by name (`shipped`)."""
 
-from lora_edu.data.corpus import Corpus, load_corpus
+from lora_edu.data.corpus import Corpus, load_corpus, load_package
 from lora_edu.data.shipped import (
     adapter_folder,
     load_analysis,
     load_base_losses,
     load_checkpoint,
+    load_deltas,
+    load_regimes,
     load_sweeps,
 )
 
@@ -16,5 +18,8 @@ __all__ = [
     "load_base_losses",
     "load_checkpoint",
     "load_corpus",
+    "load_deltas",
+    "load_package",
+    "load_regimes",
     "load_sweeps",
 ]

@@ -24,7 +24,7 @@ from safetensors.torch import save as save_safetensors
 from tokenizers import Tokenizer
 
 from lora_edu.data.shipped import data_file
-from lora_edu.paths import user_folder, write_atomically
+from lora_edu.paths import expanded, user_folder, write_atomically
 
 NAMES = ("code", "reference", "manual")
 SPLITS = ("train", "validation", "test")
@@ -94,6 +94,30 @@ def load_corpus(name: str) -> Corpus:
 def load_tokenizer(path: Path | None = None) -> Tokenizer:
     """The course's byte-level BPE tokenizer (10 000 tokens, trained on the training splits of code and reference)."""
     return Tokenizer.from_file(str(path or data_file("tokenizer.json")))
+
+
+def load_package(package: str) -> dict[str, torch.Tensor]:
+    """Split → token ids of one package's part of the reference text: "numpy" or "matplotlib".
+
+    The splits are those of the whole; what is held out shares no run of 13 words with any training text.
+    Raises ValueError for another name.
+    """
+    if package not in ("numpy", "matplotlib"):
+        raise ValueError(f'the reference text is of "numpy" and "matplotlib"; got {package!r}')
+    seen = np.unique(np.concatenate([_runs(_words(t)) for name in NAMES for t in split_texts(name)["train"]]))
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for key, text in read_documents("reference"):
+        if key.startswith(f"{package}/"):
+            split = _split_of(key.partition("#")[0], *_SHARES["reference"])
+            texts[split] += [text] if split == "train" else _cut(text, seen)[0]
+    tokenizer = load_tokenizer()
+    end = tokenizer.token_to_id(END)
+    return {
+        split: torch.tensor(
+            [i for e in tokenizer.encode_batch(each, add_special_tokens=False) for i in (*e.ids, end)]
+        )
+        for split, each in texts.items()
+    }
 
 
 def split_texts(name: str) -> dict[str, list[str]]:
@@ -214,8 +238,8 @@ def _library() -> Path:
 def _folder(package: str) -> Path:
     """Where a package's source lies; LORA_EDU_CORPUS names a folder with copies to read instead."""
     other = os.environ.get("LORA_EDU_CORPUS")
-    if other and (Path(other) / package).is_dir():
-        return Path(other) / package
+    if other and (expanded(other) / package).is_dir():
+        return expanded(other) / package
     if package == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
     return Path(find_spec(package).origin).parent

@@ -1,6 +1,6 @@
 """The repository's data/ by name, each file checked against MANIFEST.json before it is used.
 
-Nothing here makes data: `lora_edu.data.make` does.
+Nothing here makes data: `lora_edu.recording` does.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as load_safetensors
 
-from lora_edu.paths import REPOSITORY
+from lora_edu.paths import REPOSITORY, expanded, repository
 
 _BACK = "`git checkout -- data` brings it back, or `make data` makes it anew"
 
 
 def data_folder() -> Path:
     """The folder of the shipped data: the repository's data/, or what LORA_EDU_DATA names."""
-    return Path(os.environ.get("LORA_EDU_DATA") or REPOSITORY / "data")
+    return expanded(os.environ.get("LORA_EDU_DATA") or REPOSITORY / "data")
 
 
 def use_folder(folder: Path) -> None:
@@ -37,6 +37,8 @@ def manifest(folder: Path | None = None) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.is_relative_to(REPOSITORY):
+            repository()  # says so where the package was installed without it
         raise FileNotFoundError(f"{path} is missing: {_BACK}; LORA_EDU_DATA names another folder") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {_BACK}") from None
@@ -94,7 +96,7 @@ def check_all() -> Iterator[tuple[str, bool, str]]:
 def load_sweeps(**settings) -> list[dict]:
     """The rows of data/sweeps.json, recorded tuning runs: those with the given settings (`method="lora"`, `rank=8`, …).
 
-    `lora_edu.data.sweeps` made them and says what the settings are; losses are in nats a token.
+    `lora_edu.recording` made them, data/runs.py says what the settings are; losses are in nats a token.
     Raises KeyError for a setting that no row has.
     """
     rows = _sweeps()["rows"]
@@ -109,8 +111,26 @@ def load_base_losses() -> dict[str, dict[str, float]]:
 
 
 def load_analysis() -> dict:
-    """What `lora_edu.data.analysis` found in the weights of the recorded runs: spectra, subspaces, intruders."""
+    """What `lora_edu.recording.analysis` found in the weights of the recorded runs: spectra, subspaces, intruders."""
     return _sweeps()["analysis"]
+
+
+def load_regimes(**settings) -> list[dict]:
+    """The rows of data/regimes.json with the given settings (`task="far"`, `method="full"`, `seed=0`, …).
+
+    A row of full tuning: task ("far": code → docstrings; "near": docstrings → docstrings of other files), method, rate,
+    steps, seed, seconds; before, after: held-out loss in nats a token; cut: rank → loss with every ΔW cut to it;
+    one_kind_cut: kind → rank → loss with that kind alone cut; spectra: kind → size (‖ΔW‖/‖W_o‖), rank_90, stable,
+    effective, energy_8 (means over layers) and sigma (σ/‖ΔW‖ of the middle layer). A row of LoRA has a rank, before
+    and after. `lora_edu.recording.regimes` made them.
+    """
+    rows = json.loads(data_file("regimes.json").read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
+
+
+def load_deltas() -> dict:
+    """What `lora_edu.recording.deltas` found after short tunings: "another text", "planted with labels"."""
+    return json.loads(data_file("deltas.json").read_text(encoding="utf-8"))
 
 
 def _sweeps() -> dict:

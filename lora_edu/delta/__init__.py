@@ -5,7 +5,6 @@ The command line alone: what is read is in files.py, the figures in measure.py, 
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +12,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora_edu.delta.compare import Comparison, compare
-from lora_edu.delta.files import CheckpointError, open_checkpoint, printable
+from lora_edu.delta.files import CheckpointError, open_checkpoint
 from lora_edu.delta.measure import Figures
 from lora_edu.lora.peft_format import AdapterError
-from lora_edu.paths import write_atomically
+from lora_edu.paths import expanded, write_atomically
+from lora_edu.text import printable
 
 __all__ = ["CheckpointError", "Comparison", "Figures", "compare", "main", "open_checkpoint"]
 
 BAD_INPUT = 2  # exit status: a file that can't be read, or nothing to compare
+NOTHING_MEASURED = 1  # read, but of no tensor could anything be said
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,9 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise  # the reader of a pipe has seen enough: cli.py's
     except (CheckpointError, AdapterError, OSError) as error:
         print(f"lora-edu delta: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -47,6 +47,8 @@ def _run(options: argparse.Namespace) -> int:
         return tqdm(names, unit="tensor", leave=False, disable=hidden, file=sys.stderr)
 
     found = compare(options.before, options.after, options.before_exact, progress)
+    for note in found.given:
+        print(f"lora-edu delta: {note}", file=sys.stderr)
     if not found.figures and not found.not_measured and not found.shapes_differ:
         raise CheckpointError(
             "BEFORE and AFTER have no tensor's name in common: are they versions of one model? "
@@ -56,15 +58,21 @@ def _run(options: argparse.Namespace) -> int:
 
     made = json.dumps(report.record(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if options.json and options.json != "-":
-        write_atomically(Path(options.json), made.encode("utf-8", "backslashreplace"))
+        write_atomically(expanded(options.json), made.encode("utf-8", "backslashreplace"))
     if options.plot:
-        write_atomically(Path(options.plot), report.picture(found))
+        write_atomically(expanded(options.plot), report.picture(found))
     print(
         made if options.json == "-" else report.text(found, report.terminal_width(sys.stdout)),
         end="",
         flush=True,
     )
-    return 0
+    if found.figures:
+        return 0
+    print(
+        "Nothing could be measured; the lists above say why.",
+        file=sys.stderr if options.json == "-" else None,
+    )
+    return NOTHING_MEASURED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,7 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "before", metavar="BEFORE", help="a safetensors file, or a model's folder (shards too)"
     )
-    parser.add_argument("after", metavar="AFTER", help="the same after tuning, or an adapter's folder (PEFT)")
+    parser.add_argument(
+        "after",
+        metavar="AFTER",
+        nargs="?",
+        help="the same after tuning, or a LoRA adapter (PEFT's folder, kohya, diffusers, MLX); an adapter can also "
+        "stand alone, in the place of BEFORE",
+    )
     parser.add_argument(
         "--json", metavar="FILE", help="write every figure as JSON; - prints it in place of the tables"
     )
@@ -94,12 +108,12 @@ def _check_output(name: str | None, options: argparse.Namespace) -> None:
     """Before an hour of work: the folder is there, and the file is none of those that are read."""
     if name is None or name == "-":
         return
-    path = Path(name)
+    path = expanded(name)
     if path.is_dir() or not path.parent.is_dir():
         raise CheckpointError(
             f"{name} can't be written: {'it is a folder' if path.is_dir() else 'no such folder'}"
         )
-    for read in map(Path, (options.before, options.after)):
+    for read in map(expanded, filter(None, (options.before, options.after))):
         if path.exists() and any(other.exists() and path.samefile(other) for other in (read, *_files(read))):
             raise CheckpointError(f"{name} is read, so it is not written over: give another name")
 

@@ -6,6 +6,7 @@ nothing is mapped into memory. Nothing from a file is ever executed. Adapters ar
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lora_edu.text import printable
 
 WEIGHTS = "model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library; a thousand tensors take about 100 kB
@@ -58,6 +61,15 @@ class Stored(NamedTuple):
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def rows(self, first: int, last: int) -> "Stored":
+        """Some rows (of the first axis), which stand together in the file."""
+        inner = math.prod(self.shape[1:]) * BITS[self.format] // 8
+        return self._replace(shape=(last - first, *self.shape[1:]), begin=self.begin + first * inner)
+
+    def part(self, index: int) -> "Stored":
+        """One entry of the first axis: one expert of a stack."""
+        return self.rows(index, index + 1)._replace(shape=self.shape[1:])
+
 
 class Checkpoint(NamedTuple):
     """The tensors of a file or folder by name (none of them read), and what is odd about it, in words."""
@@ -67,15 +79,16 @@ class Checkpoint(NamedTuple):
     notes: list[str]
 
 
-def printable(value: object, most: int = 120) -> str:
-    """A name out of a file, safe to print: no control characters, not endless."""
-    text = "".join(each if each.isprintable() else "?" for each in str(value))
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return text if len(text) <= most else f"{text[:most]}…"
+def experts_of(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of three axes is a stack of matrices, one an expert, and no convolution's kernel."""
+    if len(shape) != 3 or shape[0] < 2 or "conv" in name.lower():
+        return False
+    return bool(re.search(r"expert|moe", name.lower())) or min(shape[1:]) >= 32
 
 
-def is_adapter(path: Path) -> bool:
-    return path.is_dir() and (path / "adapter_config.json").exists()
+def read_whole(stored: Stored) -> Tensor:
+    """A tensor with all its entries, in its own format and shape."""
+    return torch.cat([block for _, (block,) in blocks(stored)]).view(stored.shape)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -97,7 +110,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open_folder(folder: Path) -> Checkpoint:
     if (folder / WEIGHTS).exists():
-        if is_adapter(folder) and (folder / "adapter_model.safetensors").exists():
+        if (folder / "adapter_config.json").exists() and (folder / "adapter_model.safetensors").exists():
             raise CheckpointError(
                 f"{printable(folder)} holds a model and an adapter: name the model's file, {WEIGHTS}, or keep "
                 "the adapter in a folder of its own"

@@ -4,6 +4,7 @@ A pair is read twice, a few rows at a time: once for norms and the rounding floo
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from lora_edu import lowrank
 from lora_edu.delta.files import BLOCK, FORMATS, Stored, blocks
-from lora_edu.lora.peft_format import Factors
 
 ALLOWANCE = 1.05  # the largest singular value of a draw of noise lies within 5 % of the edge
+BY_CHANCE = (
+    5  # standard deviations: of 4500 pairs that differed by rounding alone one was 4.08 above its mean
+)
 ALONE = 4 / 3  # one rounding can be that much more than its average: what is rounded away is then ΔW itself
 CHANGE = 0.1  # a figure is marked where rounding may have changed it by more than this share
 ENTROPY_ERROR = 0.01  # what a sketch may leave uncertain of the effective rank
@@ -31,6 +34,7 @@ class Figures(NamedTuple):
     formats: in which the entries of before and after are precise, say "BF16 in F32" for upcast ones.
     floor: norm of what rounding puts into ΔW; edge: the largest singular value it could have. above: how
     many of ΔW's are larger. roundings: whose were counted, "both", "after" or "none".
+    missing: why there is no ‖W‖, in a word. experts: how many matrices the figures are medians of.
     marked: the figures that rounding may have changed by more than a tenth.
     method: "full", "head" (a sketch that holds all but a negligible rest) or "factors" (of an adapter).
     """
@@ -54,6 +58,8 @@ class Figures(NamedTuple):
     method: str | None = None
     marked: tuple[str, ...] = ()
     note: str = ""
+    missing: str = ""
+    experts: int | None = None
 
     @property
     def relative_norm(self) -> float | None:
@@ -85,7 +91,8 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     """
     grids = [precise_format(each) for each in (before, after)]
     formats = tuple(_called(each, grid) for each, grid in zip((before, after), grids, strict=True))
-    scan = _scan(before, after, [FORMATS[grid] for grid in grids])
+    dtypes = [FORMATS[grid] for grid in grids]
+    scan = _scan(before, after, dtypes)
     known = Figures("measured", before.shape, before.sides, formats)
     if not math.isfinite(scan.weight + scan.delta):
         where = [
@@ -97,9 +104,10 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     )
     if not scan.changed:
         return known._replace(status="equal", floor=None)
-    roundings, floor, spread, edge = _floor(scan, before_is_exact)
-    known = known._replace(floor=floor, edge=edge, roundings=roundings)
-    by_chance = max((ALLOWANCE * floor) ** 2, floor**2 + 4 * spread)
+    noise = _noise(scan, before_is_exact)
+    floor, edge = noise.floor, ALLOWANCE * _largest_singular_value(noise, before, after, dtypes)
+    known = known._replace(floor=floor, edge=edge, roundings=noise.roundings)
+    by_chance = max((ALLOWANCE * floor) ** 2, floor**2 + BY_CHANCE * noise.spread)
     marked = ("relative_norm",) if by_chance > (1 - (1 - CHANGE) ** 2) * scan.delta**2 else ()
     if scan.delta**2 <= by_chance:
         known = known._replace(status="floor")
@@ -141,7 +149,8 @@ def _called(stored: Stored, grid: str) -> str:
 
 
 class _Scan(NamedTuple):
-    """Norms, and of each file the sums of its format's steps: squared, by row and by column; to the fourth, all."""
+    """Norms, and of each file its format's steps: their squares summed by row and by column, their fourth powers
+    summed, and the largest."""
 
     weight: float
     delta: float
@@ -150,13 +159,14 @@ class _Scan(NamedTuple):
     bad: tuple[int, int]
     steps: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
     fourths: tuple[float, float]
+    largest_steps: tuple[float, float]
 
 
 def _scan(before: Stored, after: Stored, grids: list[torch.dtype]) -> _Scan:
     rows, columns = before.sides
     dtype = _common(before, after)
     weight = delta = largest = 0.0
-    changed, bad, fourths = 0, [0, 0], [0.0, 0.0]
+    changed, bad, fourths, highest = 0, [0, 0], [0.0, 0.0], [0.0, 0.0]
     by_row = [torch.zeros(rows, dtype=torch.float64) for _ in grids]
     by_column = [torch.zeros(columns, dtype=torch.float64) for _ in grids]
     for which, pair in blocks(before, after):
@@ -173,6 +183,7 @@ def _scan(before: Stored, after: Stored, grids: list[torch.dtype]) -> _Scan:
             by_row[index][which] += squares.sum(1)
             by_column[index] += squares.sum(0)
             fourths[index] += _squared(squares)
+            highest[index] = max(highest[index], math.sqrt(float(squares.max())))
     return _Scan(
         math.sqrt(weight),
         math.sqrt(delta),
@@ -181,6 +192,7 @@ def _scan(before: Stored, after: Stored, grids: list[torch.dtype]) -> _Scan:
         tuple(bad),
         tuple(zip(by_row, by_column, strict=True)),
         tuple(fourths),
+        tuple(highest),
     )
 
 
@@ -205,14 +217,28 @@ def _difference(before: Stored, after: Stored, scale: float) -> Tensor:
 # --- what rounding could have made --------------------------------------------------------------------------
 
 
-def _floor(scan: _Scan, before_is_exact: bool) -> tuple[str, float, float, float]:
-    """(whose roundings, norm of what they put into ΔW, standard deviation of its square, largest singular value).
+class _Noise(NamedTuple):
+    """What rounding puts into ΔW, entry by entry: independent errors, of a variance and a size that are known.
 
-    A rounding is off by step/√12 in the mean square, each entry by itself. The norm adds these up; its square
-    has the variance Σ step⁴/180, which counts where a few large entries make most of it. The largest
-    singular value of independent noise whose size differs from entry to entry is at most about that of the
-    noisiest row plus that of the noisiest column (Bandeira & van Handel 2016, theorem 1.1), which is
-    σ(√m + √n) where all are alike, and never above twice the truth.
+    roundings: whose were counted, "both" or "after". floor: the noise's norm; spread: standard deviation of the
+    norm's square. rows, columns: variances summed by row and by column; scale: what they were multiplied by.
+    largest_error: half a step of each file counted, at its largest entry.
+    """
+
+    roundings: str
+    floor: float
+    spread: float
+    rows: Tensor
+    columns: Tensor
+    scale: float
+    largest_error: float
+
+
+def _noise(scan: _Scan, before_is_exact: bool) -> _Noise:
+    """A rounding is off by step/√12 in the mean square, each entry by itself, and by step/2 at most.
+
+    The norm adds the squares up; its square has the variance Σ step⁴/180, which counts where a few large entries
+    make most of it.
     Both files are counted, since nobody can see whether tuning started from BEFORE as it is stored. If it did,
     that is too much by √2 at most, which makes up for the worst case of one rounding (4/3).
     But where AFTER is stored far more finely, BEFORE's rounding would be in ΔW in full: ΔW below it shows that
@@ -220,16 +246,83 @@ def _floor(scan: _Scan, before_is_exact: bool) -> tuple[str, float, float, float
     """
     (old_rows, old_columns), (new_rows, new_columns) = scan.steps
     alone, other = (math.sqrt(float(rows.sum()) / 12) for rows in (old_rows, new_rows))
-    least = min(0.8 * alone**2, alone**2 - 5 * math.sqrt(scan.fourths[0] / 180))
+    least = min(0.8 * alone**2, alone**2 - BY_CHANCE * math.sqrt(scan.fourths[0] / 180))
     if before_is_exact or (other < alone / 8 and scan.delta**2 < least):
-        rows, columns, fourths, factor, whose = new_rows, new_columns, scan.fourths[1], ALONE, "after"
+        rows, columns, fourths, scale, whose = new_rows, new_columns, scan.fourths[1], ALONE**2, "after"
+        error = scan.largest_steps[1] / 2
     else:
-        rows, columns, factor, whose = old_rows + new_rows, old_columns + new_columns, 1.0, "both"
+        rows, columns, scale, whose = old_rows + new_rows, old_columns + new_columns, 1.0, "both"
         # the square of a sum varies by four times the product of the two variances as well
         fourths = sum(scan.fourths) + 180 * 4 / 144 * math.sqrt(math.prod(scan.fourths))
-    floor = factor * math.sqrt(float(rows.sum()) / 12)
-    edge = factor * (math.sqrt(float(rows.max()) / 12) + math.sqrt(float(columns.max()) / 12))
-    return whose, floor, factor**2 * math.sqrt(fourths / 180), ALLOWANCE * edge
+        error = sum(scan.largest_steps) / 2
+    rows, columns = (scale / 12 * each for each in (rows, columns))
+    floor = math.sqrt(float(rows.sum()))
+    return _Noise(whose, floor, scale * math.sqrt(fourths / 180), rows, columns, scale, error)
+
+
+def _largest_singular_value(noise: _Noise, before: Stored, after: Stored, dtypes: list[torch.dtype]) -> float:
+    """The largest singular value that the noise can have, were none of its roundings but a few worse than average.
+
+    Of independent noise whose size differs from entry to entry it is at most about that of the noisiest row plus
+    that of the noisiest column (Bandeira & van Handel 2016, theorem 1.1): σ(√m + √n) where all are alike, and
+    never above twice the truth. Their theorem has a second term, for single entries that stand out. It counts
+    where an entry's largest error h is so much above the rest that it makes a singular value of its own, that is
+    if h⁴ is more than the variance R of its row times the variance C of its column; the singular value is then
+    √((h² + R)(h² + C)) / h (Benaych-Georges & Nadakuditi 2012, section 3.1, there for R and C of equal entries).
+    Two large entries of one row or column, both off by as much as can be, are such an h = √(h₁² + h₂²).
+    """
+    edge = math.sqrt(float(noise.rows.max())) + math.sqrt(float(noise.columns.max()))
+    # h² can be twice the square of the largest error: below √(RC) of the noisiest lines no pair stands out
+    if 2 * noise.largest_error**2 <= math.sqrt(float(noise.rows.max())) * math.sqrt(
+        float(noise.columns.max())
+    ):
+        return edge
+    loudest = _Loudest(noise.columns.numel())
+    for which, pair in blocks(before, after):
+        steps = [
+            lowrank.rounding_step(each.to(_common(before, after)), dtype).double()
+            for each, dtype in zip(pair, dtypes, strict=True)
+        ]
+        counted = steps if noise.roundings == "both" else steps[1:]
+        errors = sum(counted) / 2
+        variances = noise.scale / 12 * sum(step**2 for step in counted)
+        edge = max(edge, _standing_out(errors, variances, noise.rows[which], noise.columns))
+        loudest.add(errors.T, variances.T, noise.rows[which])
+    return max(edge, loudest.standing_out(noise.columns))
+
+
+def _standing_out(errors: Tensor, variances: Tensor, own: Tensor, across: Tensor) -> float:
+    """The largest singular value that the two largest errors of a line make, over all lines.
+
+    errors, variances: (lines, entries). own: (lines,), the variance of each; across: (entries,) or (lines,
+    entries), that of the lines that cross it.
+    """
+    errors, places = errors.topk(min(2, errors.shape[1]), dim=1)
+    variances = variances.gather(1, places)
+    crossing = across[places] if across.ndim == 1 else across.gather(1, places)
+    R, C = own - variances.sum(1), (crossing - variances).amax(1)
+    R, C, squared = R.clamp_(min=0), C.clamp_(min=0), errors.square().sum(1)
+    alone = ((squared + R) * (squared + C) / squared).sqrt()
+    return float(torch.where(squared > R.sqrt() * C.sqrt(), alone, R.sqrt() + C.sqrt()).max())
+
+
+class _Loudest:
+    """The two largest errors of each column, of all the rows seen so far."""
+
+    def __init__(self, columns: int):
+        self.errors = self.variances = self.across = torch.zeros(columns, 0, dtype=torch.float64)
+
+    def add(self, errors: Tensor, variances: Tensor, across: Tensor) -> None:
+        """Some rows more: (columns, rows) of errors and variances, (rows,) of what crosses."""
+        errors, places = errors.topk(min(2, errors.shape[1]), dim=1)
+        self.errors = torch.cat([self.errors, errors], 1)
+        self.variances = torch.cat([self.variances, variances.gather(1, places)], 1)
+        self.across = torch.cat([self.across, across[places]], 1)
+        self.errors, kept = self.errors.topk(min(2, self.errors.shape[1]), dim=1)
+        self.variances, self.across = self.variances.gather(1, kept), self.across.gather(1, kept)
+
+    def standing_out(self, own: Tensor) -> float:
+        return _standing_out(self.errors, self.variances, own, self.across)
 
 
 def _above(values: Tensor, edge: float) -> int:
@@ -331,26 +424,70 @@ def _head(tall: Tensor, edge: float, most: int = 272, probes: int = 8) -> Tensor
 # --- adapters -----------------------------------------------------------------------------------------------
 
 
-def measure_adapter(base: Stored, factors: Factors) -> Figures:
-    """The figures of an adapter's ΔW = s · BA, from its factors: ΔW itself is never made.
+def measure_adapter(
+    base: Stored | None,
+    products: list[tuple[Tensor, Tensor]],
+    scaling: float,
+    shape: tuple[int, ...],
+    missing: str = "",
+) -> Figures:
+    """The figures of an adapter's ΔW = s · left right, from its factors: ΔW itself is never made.
 
+    products: a pair (left, right) for each expert, else one. base: where ‖W‖ can be read; `missing` says why not.
     An adapter holds ΔW and not a rounded sum with W: there is no rounding floor, and nothing is marked.
     """
-    formats = (base.format, _name(factors.lora_A.dtype))
-    known = Figures("measured", base.shape, base.sides, formats, roundings="none", method="factors")
-    weight = math.sqrt(sum(_squared(block) for _, (block,) in blocks(base)))
-    # A is (r, n) and B (m, r) in a linear layer, A (V, r) and B (d, r) in an embedding
-    left = factors.lora_A if factors.embedding else factors.lora_B
-    right = factors.lora_B if factors.embedding else factors.lora_A.T
-    R_left, R_right = (torch.linalg.qr(each.double(), mode="r").R for each in (left, right))
-    values = torch.linalg.svdvals(factors.scaling * R_left @ R_right.T)
+    parts = [_of_product(left, right, scaling, shape[-2:]) for left, right in products]
+    found = together_as_one(parts, shape) if len(parts) > 1 else parts[0]._replace(shape=shape)
+    sides = found.sides if base is None or (len(shape) > 2 and len(parts) > 1) else base.sides
+    own = _name(products[0][1].dtype)
+    weight = None if base is None else math.sqrt(sum(_squared(block) for _, (block,) in blocks(base)))
+    found = found._replace(
+        sides=sides, formats=(base.format if base else "-", own), weight_norm=weight, missing=missing
+    )
+    if weight is not None and not math.isfinite(weight):
+        return found._replace(status="not finite", weight_norm=None, note="NaN or infinite entries in BEFORE")
+    return found
+
+
+def _of_product(left: Tensor, right: Tensor, scaling: float, shape: tuple[int, ...]) -> Figures:
+    """s · left right from the triangular factors of both: singular values of an r × r matrix (LAPACK's QR)."""
+    sides = (left.shape[0], right.shape[1])
+    known = Figures("measured", shape, sides, (), roundings="none", method="factors")
+    R_left, R_right = (torch.linalg.qr(each.double(), mode="r").R for each in (left, right.T))
+    if not (torch.isfinite(R_left).all() and torch.isfinite(R_right).all()):
+        return known._replace(status="not finite", note="NaN or infinite entries in the factors")
+    values = torch.linalg.svdvals(scaling * R_left @ R_right.T)
     norm = float(torch.linalg.vector_norm(values))
-    if not math.isfinite(weight + norm):
-        return known._replace(status="not finite", note="NaN or infinite entries in BEFORE")
-    known = known._replace(weight_norm=weight, delta_norm=norm)
     if not norm:
-        return known._replace(status="equal")
-    return known._replace(**_ranks(values))
+        return known._replace(status="equal", delta_norm=0.0)
+    return known._replace(delta_norm=norm, **_ranks(values))
+
+
+def together_as_one(parts: list[Figures], shape: tuple[int, ...]) -> Figures:
+    """Figures of a stack of matrices: norms of all together, medians of the rest, and the worst in the note.
+
+    Marked is what is marked in half of them or more. An expert that is equal before and after counts for norms only.
+    """
+    status = [each.status for each in parts]
+    known = [each for each in parts if each.stable_rank is not None]
+    first = known[0] if known else parts[0]
+    whole = first._replace(shape=shape, experts=len(parts))
+    for name in ("weight_norm", "delta_norm", "floor"):
+        values = [getattr(each, name) for each in parts if getattr(each, name) is not None]
+        whole = whole._replace(**{name: math.sqrt(sum(value**2 for value in values)) if values else None})
+    for name in ("unchanged", "edge", "above", *MARKABLE[1:]):
+        values = [getattr(each, name) for each in known if getattr(each, name) is not None]
+        middle = statistics.median_high if name.startswith(("rank_", "above")) else statistics.median
+        whole = whole._replace(**{name: middle(values) if values else None})
+    marks = [name for name in MARKABLE if 2 * sum(name in each.marked for each in parts) >= len(parts)]
+    worst = max(known, key=lambda each: each.rank_90, default=None)
+    told = f"{len(parts)} experts, medians"
+    if worst is not None:
+        told += f"; the widest, expert {parts.index(worst)}, takes rank {worst.rank_90} for 90 %"
+    unlike = {state: status.count(state) for state in dict.fromkeys(status) if state != "measured"}
+    told += "".join(f"; {count} {state}" for state, count in unlike.items())
+    common = status[0] if len(set(status)) == 1 else "not finite" if "not finite" in status else "measured"
+    return whole._replace(status=common, marked=tuple(marks), note=told)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,5 +1,6 @@
 """What `lora-edu delta` shows: the tables, the words under them, the JSON record and the figure."""
 
+import math
 import os
 import statistics
 import textwrap
@@ -8,8 +9,8 @@ from collections.abc import Iterator
 
 from lora_edu import plots
 from lora_edu.delta.compare import Comparison, by_kind, kind, together
-from lora_edu.delta.files import printable
 from lora_edu.delta.measure import MARKABLE, Figures
+from lora_edu.text import printable
 
 RANKS = ("rank_50", "rank_90", "rank_99")
 COLUMNS = (  # heading, width
@@ -23,8 +24,15 @@ COLUMNS = (  # heading, width
     ("99 %", 6),
     ("above", 6),
 )
+NORM = ("‖ΔW‖", 9)  # a column of its own where some ‖W‖ is not known
 LEAST_NAME = 20
-STATES = {"floor": "floor", "equal": "equal", "not finite": "NaN/Inf"}
+STATES = {
+    "floor": "floor",
+    "equal": "equal",
+    "not finite": "NaN/Inf",
+    "unmerged": "unmerged",
+    "unchanged": "unchanged",
+}
 MEANING = {
     "columns": "stable, effect.: stable rank (‖ΔW‖²/σ₁²) and effective rank (exp of the entropy of σ/Σσ) of ΔW. "
     "50, 90, 99 %: the rank that holds so much of ‖ΔW‖². floor: what rounding puts into ΔW, its norm over ‖W‖. "
@@ -39,6 +47,14 @@ MEANING = {
     "after": "Of some matrices only AFTER's rounding was counted: --before-exact says so, or ΔW is smaller than "
     "BEFORE's own rounding would have made it.",
     "head": "method head: a random sketch holds all but a negligible rest; the effective rank is right to 1 %.",
+    "unmerged": "unmerged: factors of LoRA that stand beside the base's weights in the checkpoint. Ranks are those of "
+    "BA; its norm would need alpha, which is not stored.",
+    "unchanged": "unchanged: the base's weight, as it was before.",
+    "missing": "A word in place of ‖ΔW‖/‖W‖ says why there is no ‖W‖: no base (none was given), missing (no weight "
+    "of that name and shape), quantised or packed (its entries are no floating point), other shape, unclear (several "
+    "weights fit).",
+    "experts": "Experts that are stacked in one tensor are measured one by one: norms are of all together, the rest "
+    "are medians.",
     "none": "An adapter holds ΔW itself and not a rounded sum, so there is no rounding floor.",
 }
 MOST = 20  # names in a list; the JSON record has them all
@@ -50,12 +66,12 @@ def text(found: Comparison, width: int | None) -> str:
     matrices = {name: each for name, each in found.figures.items() if len(each.shape) >= 2}
     vectors = {name: each for name, each in found.figures.items() if len(each.shape) < 2}
     if matrices:
-        lines += _table(
-            "matrix", {name.removesuffix(".weight"): _cells(each) for name, each in matrices.items()}, width
-        )
+        norms = any(each.weight_norm is None and each.delta_norm is not None for each in matrices.values())
+        rows = {name.removesuffix(".weight"): _cells(each, norms) for name, each in matrices.items()}
+        lines += _table("matrix", rows, width, norms)
         lines += ["", "By kind (medians; the norm and the floor: of all taken together)", ""]
-        kinds = by_kind(found.figures)
-        lines += _table("kind", {f"{name} ({len(of)})": _kind_cells(of) for name, of in kinds.items()}, width)
+        kinds = {f"{name} ({len(of)})": of for name, of in by_kind(found.figures).items()}
+        lines += _table("kind", {name: _kind_cells(of, norms) for name, of in kinds.items()}, width, norms)
         lines += [""]
         lines += [textwrap.fill(words, min(width or 100, 100)) for words in _words(matrices)]
     lines += _vectors(vectors)
@@ -63,15 +79,16 @@ def text(found: Comparison, width: int | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(title: str, rows: dict[str, list[str]], width: int | None) -> Iterator[str]:
-    """A line for each row: the name, then the cells under COLUMNS' headings."""
-    rest = sum(wide for _, wide in COLUMNS) + 9
+def _table(title: str, rows: dict[str, list[str]], width: int | None, norms: bool) -> Iterator[str]:
+    """A line for each row: the name, then the cells under COLUMNS' headings (and NORM's, where asked for)."""
+    columns = (COLUMNS[0], NORM, *COLUMNS[1:]) if norms else COLUMNS
+    rest = sum(wide for _, wide in columns) + 9
     longest = max(len(title), *(len(printable(name)) for name in rows))
     room = longest if width is None else max(LEAST_NAME, min(longest, width - rest))
-    yield f"{title:{room}}" + "".join(f"{name:>{wide}}" for name, wide in COLUMNS)
+    yield f"{title:{room}}" + "".join(f"{name:>{wide}}" for name, wide in columns)
     for name, cells in rows.items():
-        line = "".join(f"{cell:>{wide}}" for cell, (_, wide) in zip(cells, COLUMNS, strict=False))
-        yield f"{_shortened(printable(name), room):{room}}{line} {' '.join(cells[len(COLUMNS) :])}".rstrip()
+        line = "".join(f"{cell:>{wide}}" for cell, (_, wide) in zip(cells, columns, strict=False))
+        yield f"{_shortened(printable(name), room):{room}}{line} {' '.join(cells[len(columns) :])}".rstrip()
 
 
 def _shortened(name: str, room: int) -> str:
@@ -91,12 +108,13 @@ def _number(value: float | None, mark: bool = False) -> str:
     return shown + ("*" if mark else " ")
 
 
-def _cells(figures: Figures) -> list[str]:
+def _cells(figures: Figures, norms: bool) -> list[str]:
     marked = {name: _number(getattr(figures, name), name in figures.marked) for name in MARKABLE}
     norm = marked.pop("relative_norm")
     return [
         _shape(figures.shape),
-        norm,
+        *([_number(figures.delta_norm)] if norms else []),
+        figures.missing + " " if figures.missing else norm,
         _number(figures.relative_floor),
         *marked.values(),
         _number(figures.above),
@@ -104,13 +122,19 @@ def _cells(figures: Figures) -> list[str]:
     ]
 
 
-def _kind_cells(figures: list[Figures]) -> list[str]:
+def _kind_cells(figures: list[Figures], norms: bool) -> list[str]:
     """A median is marked where half of its values are."""
     norm, floor = together(figures)
     shapes = {_shape(each.shape) for each in figures}
     half = len(figures) / 2
     cells = [shapes.pop() if len(shapes) == 1 else "various"]
-    cells.append(_number(norm, sum("relative_norm" in each.marked for each in figures) >= half))
+    if norms:
+        cells.append(_number(math.sqrt(sum((each.delta_norm or 0.0) ** 2 for each in figures))))
+    reasons = {each.missing for each in figures if each.missing}
+    if reasons:
+        cells.append(f"{reasons.pop() if len(reasons) == 1 else 'various'} ")
+    else:
+        cells.append(_number(norm, sum("relative_norm" in each.marked for each in figures) >= half))
     cells.append(_number(floor if any(each.floor is not None for each in figures) else None))
     for name in (*MARKABLE[1:], "above"):
         value = _median(figures, name)
@@ -138,7 +162,19 @@ def _words(matrices: dict[str, Figures]) -> Iterator[str]:
     yield MEANING["columns"]
     if any(each.marked for each in matrices.values()):
         yield MEANING["*"]
-    for state in ("floor", "equal", "not finite", "after", "none"):
+    shown |= {"missing" for each in matrices.values() if each.missing}
+    shown |= {"experts" for each in matrices.values() if each.experts}
+    for state in (
+        "floor",
+        "equal",
+        "not finite",
+        "unmerged",
+        "unchanged",
+        "missing",
+        "experts",
+        "after",
+        "none",
+    ):
         if state in shown:
             yield MEANING[state]
     for name, each in matrices.items():
@@ -148,7 +184,7 @@ def _words(matrices: dict[str, Figures]) -> Iterator[str]:
     for each in sorted(formats):
         inner, _, outer = each.partition(" in ")
         yield f"Some tensors in {outer} hold {inner} numbers only; their rounding was counted as {inner}'s."
-    if any(len(each.shape) > 2 for each in matrices.values()):
+    if any(len(each.shape) > 2 and not each.experts for each in matrices.values()):
         yield "Tensors of more than two axes are read as matrices: the first axis by the others, sides of 1 left out."
 
 
@@ -170,6 +206,9 @@ def _listed(found: Comparison) -> Iterator[str]:
     lists = {
         "Only in BEFORE, not compared": [printable(name) for name in found.only_before],
         "Only in AFTER, not compared": [printable(name) for name in found.only_after],
+        "Rows that only one has, not compared": [
+            f"{printable(name)}: {why}" for name, why in found.new_rows.items()
+        ],
         "Shapes differ": [f"{printable(name)}: {why}" for name, why in found.shapes_differ.items()],
         "Not measured": [f"{printable(name)}: {why}" for name, why in found.not_measured.items()],
     }
@@ -212,7 +251,9 @@ def record(found: Comparison) -> dict:
         "only_in_after": found.only_after,
         "shapes_differ": found.shapes_differ,
         "not_measured": found.not_measured,
+        "new_rows": found.new_rows,
         "notes": found.notes,
+        "given": found.given,
         "meaning": MEANING,
     }
 

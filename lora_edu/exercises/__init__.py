@@ -1,6 +1,6 @@
 """Checks of the exercises: one module a chapter, `check_NN_k(answer)` → a sentence a student can act on."""
 
-from lora_edu.exercises.chapter_00 import check_00_1, check_00_2
+from lora_edu.exercises.chapter_00 import check_00_1, check_00_2, check_00_3
 from lora_edu.exercises.chapter_01 import (
     check_01_1,
     check_01_2,
@@ -17,6 +17,7 @@ from lora_edu.exercises.chapter_03 import (
     check_03_3,
     check_03_4,
     check_03_5,
+    check_03_6,
     rounded_pair,
 )
 from lora_edu.exercises.chapter_04 import (
@@ -57,6 +58,7 @@ from lora_edu.exercises.chapter_07 import (
 __all__ = [
     "check_00_1",
     "check_00_2",
+    "check_00_3",
     "check_01_1",
     "check_01_2",
     "check_01_3",
@@ -72,6 +74,7 @@ __all__ = [
     "check_03_3",
     "check_03_4",
     "check_03_5",
+    "check_03_6",
     "check_04_1",
     "check_04_2",
     "check_04_3",

@@ -1,12 +1,15 @@
-"""Checks for the exercises of chapter 00: what an adapter trains, and what merging costs.
+"""Checks for the exercises of chapter 00: what an adapter trains, what merging costs, and LoRA's formula.
 
 Every right and every typical wrong answer is computed here, from shapes and from the shipped files.
 """
 
+import torch
+from torch import Tensor
+
 from lora_edu import counting
 from lora_edu.data import adapter_folder
 from lora_edu.data.shipped import data_file
-from lora_edu.exercises.answers import judge
+from lora_edu.exercises.answers import judge, no_function, same
 
 
 def check_00_1(answer: object) -> str:
@@ -65,3 +68,42 @@ def check_00_2(answer: object) -> str:
         "it all takes less disk. So keep the adapter, and merge where you serve.",
         tolerance=0.01,
     )
+
+
+def check_00_3(answer: object) -> str:
+    """A function (x, W, A, B, s) → W x + s · B A x for every row of x; tried on matrices of five different sizes."""
+    hint = "the inputs are rows, so W x is written x @ W.T; do the same with A, then with B."
+    if refused := no_function(3, answer, "x, W, A, B, s", hint):
+        return refused
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (5, 7), "W": (11, 7), "A": (3, 7), "B": (11, 3)}
+    x, W, A, B = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes.values())
+    s = 0.5
+    try:
+        result = answer(x.clone(), W.clone(), A.clone(), B.clone(), s)
+    except Exception as error:
+        given = ", ".join(f"{name} {rows} × {columns}" for name, (rows, columns) in shapes.items())
+        return (
+            f"Exercise 3: not yet: with {given} it stops with {type(error).__name__}: {error}. Hint: {hint}"
+        )
+    if not isinstance(result, Tensor):
+        return f"Exercise 3: not yet: the result is a tensor; got {type(result).__name__}."
+    by_W, by_BA = x @ W.T, x @ A.T @ B.T
+    if same(result, by_W + s * by_BA):
+        return (
+            "Exercise 3: right. x @ A.T comes first: r numbers for each input, so the product BA, which is as "
+            "large as W, never has to be built."
+        )
+    mistakes = [
+        ((by_W + s * by_BA).T, "the result lies on its side: an output in each row, (n, out)."),
+        (by_W + by_BA, "s is missing."),
+        (s * (by_W + by_BA), "s stands before BA only; W counts in full."),
+        (by_W, "that is W alone: add s · BA."),
+        (s * by_BA, "that is the update alone: add it to what W makes of x."),
+        (by_W - s * by_BA, "the sign is wrong: the update is added."),
+        (by_W + by_BA / s, "s multiplies; it does not divide."),
+    ]
+    for mistake, diagnosis in mistakes:
+        if same(result, mistake):
+            return f"Exercise 3: not yet: {diagnosis}"
+    return f"Exercise 3: not yet: these are other numbers than W x + s · B A x. Hint: {hint}"

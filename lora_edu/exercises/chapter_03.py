@@ -1,16 +1,18 @@
 """Checks for the exercises of chapter 03, fine-tuning deltas: right, or which step of the analysis went astray.
 
-Right and typical wrong answers are computed from the shipped checkpoints and the reader's own text.
+Right and typical wrong answers are computed from the shipped checkpoints; a reader's function is tried on small
+matrices that it has not seen.
 """
 
+from collections.abc import Mapping
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from lora_edu import lowrank
-from lora_edu.data import load_checkpoint, load_corpus
-from lora_edu.exercises.answers import judge
+from lora_edu.data import load_checkpoint
+from lora_edu.exercises.answers import judge, no_function, same
 
 LOSSES = {"base": 5.60, "tuned": 3.60, "truncated": 4.10}  # exercise 2, nats a token
 
@@ -111,55 +113,152 @@ def check_03_3(answer: object) -> str:
 
 
 def check_03_4(answer: object) -> str:
-    """The stable rank of the head's ΔW on the rows of tokens that occur."""
-    counts = torch.bincount(load_corpus("reference").train, minlength=10_000)
-    update = load_checkpoint("reference_seed_0")["head.weight"]
-    mistakes = {
-        lowrank.stable_rank(
-            update
-        ): "that is the stable rank of all rows, those of tokens that never occur included.",
-        lowrank.stable_rank(
-            update[counts == 0]
-        ): "those are the rows of tokens that never occur. Take the others.",
-        lowrank.effective_rank(
-            update[counts > 0]
-        ): "that is the effective rank (Roy & Vetterli) of the right rows. The stable rank is ‖ΔW‖_F² / σ₁².",
-    }
-    return judge(
-        4,
-        answer,
-        lowrank.stable_rank(update[counts > 0]),
-        mistakes,
-        hint="`counts > 0` picks the rows; `lowrank.stable_rank` takes a matrix.",
-        why="The rows that the text never reads had pulled the spectrum into one direction.",
-        tolerance=5e-3,
+    """A function stable_rank_of_rows(update, counts, least): rows read often enough, the common row taken off."""
+    hint = (
+        "`update[counts >= least]` picks the rows; subtract their mean row; then `lowrank.stable_rank`, which is "
+        "‖·‖²_F / σ₁²."
     )
+    if refused := no_function(4, answer, "update, counts, least", hint):
+        return refused
+    generator = torch.Generator().manual_seed(4)
+    update = torch.randn(60, 8, generator=generator) * torch.linspace(2, 0.2, 8)
+    update += 1.5 * torch.randn(8, generator=generator)  # a row that all have in common
+    counts = torch.arange(60) % 6
+    update[counts < 2] *= 3  # what nobody reads moved most
+    for least in (3, 1):
+        got = _number(4, answer, update.clone(), counts.clone(), least)
+        if isinstance(got, str):
+            return got
+        rows = update[counts >= least]
+        centred = rows - rows.mean(dim=0)
+        S = lowrank.svd(centred).S
+        mistakes = {
+            lowrank.stable_rank(
+                rows
+            ): "the row that all rows have in common is still in it: subtract the mean row.",
+            lowrank.stable_rank(
+                rows - update.mean(dim=0)
+            ): "that is the mean of all rows. Take the mean of the rows that stay.",
+            lowrank.stable_rank(
+                update - update.mean(dim=0)
+            ): "no row was left out: `update[counts >= least]`.",
+            lowrank.stable_rank(update): "no row was left out, and the mean row is still in it.",
+            lowrank.stable_rank(
+                update[counts > least] - update[counts > least].mean(dim=0)
+            ): "`counts > least` leaves out the tokens that occur exactly `least` times; they stay (≥).",
+            lowrank.stable_rank(
+                update[counts < least] - update[counts < least].mean(dim=0)
+            ): "those are the rows to leave out. Take the others.",
+            lowrank.stable_rank(
+                rows - rows.mean(dim=1, keepdim=True)
+            ): "that is each row's own mean. The common row is the mean over the rows, `mean(dim=0)`.",
+            lowrank.effective_rank(
+                S
+            ): "that is the effective rank (Roy & Vetterli). The stable rank is ‖·‖²_F / σ₁².",
+            float(S.square().sum().sqrt() / S[0]): "the squares are missing: ‖·‖²_F / σ₁².",
+        }
+        if said := _judged(4, got, lowrank.stable_rank(S), mistakes, hint):
+            return said
+    return "Exercise 4: right. Rows that nobody reads, and a row common to all, had pulled it into one direction."
 
 
 def check_03_5(answer: object) -> str:
-    """The amplification factor of a fully tuned ΔW at r = 4."""
-    name = "blocks.3.mlp.down.weight"
-    W, update = load_checkpoint("base")[name], load_checkpoint("reference_seed_0")[name]
-    U, S, Vh = lowrank.svd(update)
-    inside = float((U[:, :4].T @ W @ Vh[:4].T).norm())
-    own = float(lowrank.svd(W).S[:4].norm())
-    mistakes = {
-        float(update.norm())
-        / inside: "the numerator has all of ΔW, the denominator four directions of W. Cut ΔW to "
-        "rank 4 as well.",
-        inside / float(S[:4].norm()): "that is its inverse: ‖UᵀWV‖ goes below.",
-        float(S[:4].norm())
-        / own: "below you have W in its own four strongest directions. Project it on ΔW's.",
-        float(
-            S[:4].norm() / W.norm()
-        ): "below you have all of W. Project it on ΔW's four strongest directions.",
-    }
-    return judge(
-        5,
-        answer,
-        lowrank.amplification_factor(update, W, 4),
-        mistakes,
-        hint="‖ΔW₄‖ / ‖U₄ᵀ W V₄‖, with U₄ and V₄ the four strongest directions of ΔW.",
-        why="In these directions ΔW is louder than W: tuning raised what the base had hardly used.",
-        tolerance=5e-3,
+    """A function amplification(W, dW, r) from singular vectors: how much louder ΔW is than W where ΔW is loudest."""
+    hint = "‖ΔW_r‖ / ‖U_rᵀ W V_r‖, with U_r and V_r the r strongest directions of ΔW; of its Vh take rows."
+    if refused := no_function(5, answer, "W, dW, r", hint):
+        return refused
+    generator = torch.Generator().manual_seed(5)
+    for rows, columns, r in ((12, 9, 3), (7, 10, 2)):
+        W, dW = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+        got = _number(5, answer, W.clone(), dW.clone(), r)
+        if isinstance(got, str):
+            return got
+        U, S, Vh = lowrank.svd(dW)
+        cut, inside = float(S[:r].norm()), float((U[:, :r].T @ W @ Vh[:r].T).norm())
+        mistakes = {
+            float(dW.norm())
+            / inside: "the numerator has all of ΔW, the denominator r directions of W. Cut ΔW to "
+            "rank r as well.",
+            inside / cut: "that is its inverse: ‖U_rᵀ W V_r‖ goes below.",
+            cut
+            / float(
+                lowrank.svd(W).S[:r].norm()
+            ): "below you have W in its own r strongest directions. Project it on ΔW's.",
+            cut / float(W.norm()): "below you have all of W. Project it on ΔW's r strongest directions.",
+            (cut / inside) ** 2: "that is its square: the norms, not their squares.",
+            float(S[0])
+            / float(torch.linalg.matrix_norm(U[:, :r].T @ W @ Vh[:r].T, 2)): "those are spectral norms. "
+            "The paper takes Frobenius norms.",
+        }
+        if said := _judged(5, got, lowrank.amplification_factor(dW, W, r), mistakes, hint):
+            return said
+    return (
+        "Exercise 5: right. And a factor of 3 says little by itself: give it a ΔW with random directions, and see what "
+        "chance makes."
+    )
+
+
+def check_03_6(answer: object) -> str:
+    """A function cut_one_kind(delta, kind, r): the matrices of one kind cut to rank r, all else as it is."""
+    hint = (
+        "a matrix has `dW.dim() == 2`; its kind is the last part but one of its name, `name.split('.')[-2]`."
+    )
+    if refused := no_function(6, answer, "delta, kind, r", hint):
+        return refused
+    generator = torch.Generator().manual_seed(6)
+    names = ["blocks.0.mlp.up", "blocks.0.attention.output", "blocks.1.mlp.up", "blocks.1.attention.output"]
+    delta = {f"{name}.weight": torch.randn(6, 5, generator=generator) for name in [*names, "head", "update"]}
+    delta |= {"blocks.1.mlp.up.bias": torch.randn(6, generator=generator)}
+    before = {name: dW.clone() for name, dW in delta.items()}
+    try:
+        got = answer(delta, "up", 2)
+    except Exception as error:
+        return f"Exercise 6: not yet: for a state dict of {len(delta)} tensors it raises {error}"
+    if not isinstance(got, Mapping):
+        return f"Exercise 6: not yet: it returns {got!r}; a dictionary, name → tensor, is asked for."
+    if changed := [name for name in before if not delta[name].equal(before[name])]:
+        return f"Exercise 6: not yet: it changes the ΔW that it was given ({changed[0]}). Build a new dictionary."
+    if missing := [name for name in before if name not in got]:
+        return f"Exercise 6: not yet: {missing[0]} is not in the result. What is not cut stays as it is."
+    for name, dW in before.items():
+        wanted = name.split(".")[-2] == "up" and dW.dim() == 2
+        if not isinstance(got[name], Tensor) or got[name].shape != dW.shape:
+            return f"Exercise 6: not yet: {name} has another shape than before, {tuple(dW.shape)}."
+        if wanted and same(got[name], dW):
+            return f"Exercise 6: not yet: {name} is of the kind 'up' and was not cut."
+        if wanted and not torch.allclose(got[name], lowrank.truncate(dW, 2), atol=1e-5):
+            rank = lowrank.numerical_rank(got[name], 1e-4)
+            return f"Exercise 6: not yet: {name} is not the nearest matrix of rank 2 (yours has rank {rank})."
+        if not wanted and not same(got[name], dW):
+            return (
+                f"Exercise 6: not yet: {name} was changed, and it is not of the kind 'up'. Compare the kind with ==: "
+                "other names may hold the same letters, and a bias is no matrix."
+            )
+    return "Exercise 6: right. With it you can ask of any model which kind of matrix can stand a cut."
+
+
+def _number(k: int, answer: object, *arguments) -> float | str:
+    """What a reader's function returns, or what to tell them if that is no number."""
+    try:
+        got = answer(*arguments)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(each.shape) if isinstance(each, Tensor) else each) for each in arguments)
+        return f"Exercise {k}: not yet: for ({shapes}) it raises {error}"
+    try:
+        return float(got)
+    except (TypeError, ValueError, RuntimeError):
+        return (
+            f"Exercise {k}: not yet: it returns {got!r}; one number is asked for. Does it return its result?"
+        )
+
+
+def _judged(k: int, got: float, right: float, mistakes: Mapping[float, str], hint: str) -> str | None:
+    """What to tell someone whose function gave this number, or None where it is right."""
+    if abs(got - right) <= 1e-3 * right:
+        return None
+    for wrong, diagnosis in mistakes.items():
+        if abs(got - wrong) <= 1e-3 * abs(wrong):
+            return f"Exercise {k}: not yet: {diagnosis}"
+    return (
+        f"Exercise {k}: not yet: for a small example it gives {got:.4g} in place of {right:.4g}. Hint: {hint}"
     )

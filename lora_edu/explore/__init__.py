@@ -1,7 +1,17 @@
 """Slider explorers and predictions: each function returns a widget to put last in a cell."""
 
 from lora_edu.explore.counting import Calculator, calculator, rank_and_shape, table_and_square, which_matrices
-from lora_edu.explore.deltas import rare_rows, rounding, spectra_by_kind, truncation, two_seeds
+from lora_edu.explore.deltas import (
+    decisions_kept,
+    published_spectra,
+    rare_rows,
+    regimes,
+    rounding,
+    share_kept,
+    spectra_by_kind,
+    truncation,
+    two_seeds,
+)
 from lora_edu.explore.explorer import Explorer
 from lora_edu.explore.intrinsic_dimension import random_subspaces
 from lora_edu.explore.lora_embedding import bytes_moved, first_step, measured_on_a_gpu, roofline
@@ -23,6 +33,7 @@ __all__ = [
     "alpha_that_does_nothing",
     "bytes_moved",
     "calculator",
+    "decisions_kept",
     "elevation_rank",
     "equal_gain",
     "first_step",
@@ -32,13 +43,16 @@ __all__ = [
     "noisy_photograph",
     "photograph_rank",
     "predict",
+    "published_spectra",
     "random_subspaces",
     "rank_and_shape",
     "rare_rows",
     "rate_and_rank",
+    "regimes",
     "roofline",
     "rounding",
     "seen_through",
+    "share_kept",
     "shared_directions",
     "spectra_by_kind",
     "table_and_square",

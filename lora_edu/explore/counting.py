@@ -10,8 +10,9 @@ import ipywidgets as widgets
 from matplotlib.figure import Figure
 
 from lora_edu import counting, plots
-from lora_edu.counting import megabytes, spaced
+from lora_edu.counting import spaced
 from lora_edu.explore.explorer import Explorer
+from lora_edu.text import format_bytes
 
 SHAPES = {
     "10 000 × 100 (our table)": (10_000, 100),
@@ -64,7 +65,7 @@ def rank_and_shape() -> Explorer:
 
 
 def table_and_square() -> Explorer:
-    """An embedding beside a square matrix of the same width: half the share, many times the number."""
+    """An embedding beside a square matrix of the same width: the smaller share where V > d, the larger number."""
 
     def draw(figure: Figure, vocabulary: int, width: int) -> str:
         curve, columns = figure.subplots(1, 2, width_ratios=(1.25, 1))
@@ -140,11 +141,11 @@ def which_matrices() -> Explorer:
             memory, ["full", "LoRA"], parts, f"{unit}: bfloat16, AdamW, one text of 256 tokens"
         )
         memory.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.28))
-        memory.set_title(f"memory: {megabytes(full.total)} against {megabytes(lora.total)}")
+        memory.set_title(f"memory: {format_bytes(full.total)} against {format_bytes(lora.total)}")
         return (
             f"{model}, LoRA on {targets} at r = 8: {spaced(chosen.parameters)} numbers to train, "
-            f"{percent(chosen.share)} of the model; a step needs {megabytes(lora.total)}, "
-            f"full tuning {megabytes(full.total)}."
+            f"{percent(chosen.share)} of the model; a step needs {format_bytes(lora.total)}, "
+            f"full tuning {format_bytes(full.total)}."
         )
 
     return Explorer(
@@ -213,15 +214,15 @@ def matrix_report(rows: int, columns: int, rank: int, copies: int, dtype: str, o
         f"numbers in W          {spaced(copies * rows * columns)}",
         f"numbers in A and B    {spaced(trained)}, {percent(share)} of them",
         f"break-even rank       {counting.break_even_rank(rows, columns):.4g}",
-        f"W in {dtype:<17}{megabytes(counting.size(copies * rows * columns, dtype))}",
-        f"A and B in {own:<11}{megabytes(counting.size(trained, own))}",
-        f"their gradients       {megabytes(counting.size(trained, own))}",
-        f"state of {optimiser:<13}{megabytes(state)}",
+        f"W in {dtype:<17}{format_bytes(counting.size(copies * rows * columns, dtype))}",
+        f"A and B in {own:<11}{format_bytes(counting.size(trained, own))}",
+        f"their gradients       {format_bytes(counting.size(trained, own))}",
+        f"state of {optimiser:<13}{format_bytes(state)}",
     ]
     if counting.BYTES[dtype] >= 2:
         full = counting.size(copies * rows * columns, dtype)
         whole = full + counting.optimiser_bytes(copies * rows * columns, copies, dtype, optimiser)
-        lines.append(f"tuned fully instead   {megabytes(whole)} of gradients and state")
+        lines.append(f"tuned fully instead   {format_bytes(whole)} of gradients and state")
     forward = counting.forward_flops(rows, columns, rank) / counting.forward_flops(rows, columns)
     step = [
         counting.forward_flops(rows, columns, r) + counting.backward_flops(rows, columns, r)

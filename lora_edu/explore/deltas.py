@@ -1,6 +1,7 @@
-"""Chapter 03's explorers: spectra of ΔW, what each rank keeps, two seeds, rare rows, rounding.
+"""Chapter 03's explorers: spectra of ΔW, what each rank keeps, two seeds, rare rows, rounding, a published fine-tune.
 
-Each function takes matrices or state dicts and returns an Explorer; nothing is loaded, trained or evaluated here.
+Each function takes matrices, state dicts or recorded figures and returns an Explorer; nothing is loaded, trained or
+evaluated here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,23 +58,25 @@ def truncation(
     """
     ranks = list(losses)
     gain = [(before - loss) / (before - after) for loss in losses.values()]
-    curves = {
-        kind: torch.stack([lowrank.energy(lowrank.svd(W).S) for W in group]).mean(0)
-        for kind, group in updates.items()
+    squares = {kind: [lowrank.svd(W).S.double().square() for W in group] for kind, group in updates.items()}
+    by_kind = {
+        kind: [float(sum(S[:r].sum() for S in group) / sum(S.sum() for S in group)) for r in ranks]
+        for kind, group in squares.items()
     }
-    mean_energy = [float(torch.stack([c[r - 1] for c in curves.values()]).mean()) for r in ranks]
+    everything = [S for group in squares.values() for S in group]
+    together = [float(sum(S[:r].sum() for S in everything) / sum(S.sum() for S in everything)) for r in ranks]
 
     def draw(figure, r: int) -> str:
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
         share = gain[ranks.index(r)]
-        energies = [float(curve[r - 1]) for curve in curves.values()]
-        plots.bars(left, list(curves), energies, [plots.SKY] * len(curves), [f"{e:.0%}" for e in energies])
+        energies = [kept[ranks.index(r)] for kept in by_kind.values()]
+        plots.bars(left, list(by_kind), energies, [plots.SKY] * len(by_kind), [f"{e:.0%}" for e in energies])
         left.set(
             xlim=(0, 1.2), xticks=[0, 0.5, 1], xlabel="share of energy", title=f"weights: kept at r = {r}"
         )
         plots.curves(
             right,
-            {"of the gain": (ranks, gain), "of the energy, mean of the kinds": (ranks, mean_energy)},
+            {"of the gain": (ranks, gain), "of the energy, all matrices": (ranks, together)},
             xscale="log",
             xlabel="rank r",
             ylabel="share kept",
@@ -82,9 +85,83 @@ def truncation(
         plots.plain_ticks(right.xaxis, ranks)
         right.plot(r, share, "o", color=plots.BLUE, markersize=9)
         right.set_title(f"behaviour: {share:.0%} of the gain kept")
-        return f"Every ΔW cut to rank {r}: held-out loss {losses[r]:.2f} nats a token, {share:.0%} of the gain kept."
+        return (
+            f"Every ΔW cut to rank {r}: {together[ranks.index(r)]:.0%} of their energy together, held-out loss "
+            f"{losses[r]:.2f} nats a token, {share:.0%} of the gain kept."
+        )
 
     return Explorer(draw, {"r": ranks}, start={"r": 8}, labels={"r": "rank r"})
+
+
+def regimes(rows: Sequence[Mapping], kinds: Sequence[str] = ("query", "up", "embedding", "head")) -> Explorer:
+    """Learning rate and steps of full tuning → the spectra of its ΔW, and the gain that each rank keeps of it.
+
+    rows: recorded runs of one seed, as `lora_edu.recording.regimes` writes them: task ("far", "near"), rate, steps,
+    losses `before`, `after` and `cut` (rank → loss), `spectra` (kind → σ/‖ΔW‖ of one layer, sizes). The sliders have
+    the rates and steps for which every run on the far task is there; the near task is shown where it is there, too.
+    """
+    runs = {(row["task"], row["rate"], row["steps"]): row for row in rows}
+    rates = sorted({row["rate"] for row in rows if row["task"] == "far"})
+    steps = sorted({row["steps"] for row in rows})
+    steps = [n for n in steps if all(("far", rate, n) in runs for rate in rates)]
+    if len(rates) < 2 or len(steps) < 2:
+        raise ValueError(
+            f"the map needs two rates and two numbers of steps with all runs on the far task; got rates {rates} with "
+            f"steps {steps} in common"
+        )
+    shares = {key: share_kept(row) for key, row in runs.items()}
+    far = [shares["far", rate, n] for rate in rates for n in steps]
+
+    def draw(figure, rate: float, n: int) -> str:
+        left, right = figure.subplots(1, 2)
+        row = runs["far", rate, n]
+        energies = {}
+        for kind in kinds:
+            S = torch.tensor(row["spectra"][kind]["sigma"])
+            energies[kind] = (torch.arange(1, len(S) + 1), lowrank.energy(S))
+        plots.curves(left, energies, xlabel="rank r", ylabel="share of energy kept", ylim=(0, 1.03))
+        size = row["spectra"]["all"]["size"]
+        left.set_title(f"far: gain {row['before'] - row['after']:.2f} nats, ‖ΔW‖/‖W$_o$‖ = {size:.2g}")
+        for share in far:
+            right.plot(list(share), list(share.values()), color="#d0d0d0", linewidth=1)
+        lines = {
+            f"{task} text": (list(shares[task, rate, n]), list(shares[task, rate, n].values()))
+            for task in ("far", "near")
+            if (task, rate, n) in runs
+        }
+        plots.curves(
+            right, lines, xscale="log", xlabel="rank r", ylabel="share of the gain kept", ylim=(0, 1.05)
+        )
+        plots.plain_ticks(right.xaxis, list(far[0]))
+        kept = shares["far", rate, n]
+        right.set_title(f"cut to 8: {kept[8]:.0%} of the gain" + (" (far)" if len(lines) > 1 else ""))
+        gain = row["before"] - row["after"]
+        sentence = (
+            f"Rate {rate:g}, {n} steps, far text: the loss falls by {gain:.2f} nats, ‖ΔW‖/‖W_o‖ is {size:.2g}; "
+            f"cut to 1, 8, 32 the update keeps {kept[1]:.0%}, {kept[8]:.0%}, {kept[32]:.0%} of that."
+        )
+        if len(lines) > 1:
+            other, close = runs["near", rate, n], shares["near", rate, n]
+            sentence += (
+                f" Near text: {other['before'] - other['after']:.2f} nats, cut to 8 {close[8]:.0%}, "
+                f"‖ΔW‖/‖W_o‖ {other['spectra']['all']['size']:.2g}."
+            )
+        return sentence
+
+    start = {"rate": rates[-1], "n": steps[-1]}
+    return Explorer(
+        draw,
+        {"rate": rates, "n": steps},
+        start=start,
+        labels={"rate": "learning rate", "n": "steps"},
+        formats={"rate": "{:g}"},
+    )
+
+
+def share_kept(row: Mapping) -> dict[int, float]:
+    """Rank → the share of a recorded run's gain that is left when every ΔW is cut to it."""
+    gain = row["before"] - row["after"]
+    return {int(r): (row["before"] - loss) / gain for r, loss in row["cut"].items()}
 
 
 def two_seeds(first: Mapping[str, Tensor], second: Mapping[str, Tensor], most: int = 40) -> Explorer:
@@ -115,40 +192,52 @@ def two_seeds(first: Mapping[str, Tensor], second: Mapping[str, Tensor], most: i
 
 
 def rare_rows(
-    updates: Mapping[str, Tensor], counts: Tensor, thresholds: Sequence[int] = (0, 1, 3, 10, 30, 100, 300)
+    updates: Mapping[str, Tensor],
+    counts: Tensor,
+    thresholds: Sequence[int] = (0, 1, 3, 10, 30, 100, 300),
+    start: int = 10,
 ) -> Explorer:
-    """Drop the rows of tokens that occur less than n times: what is left of the head's ΔW, and its spectrum.
+    """Drop the rows of tokens that occur less than n times: what is left of the head's ΔW, and its stable rank.
 
-    updates: name of the optimiser → (V, d) ΔW; counts: (V,) how often the tuning text has each token.
+    updates: name of the optimiser → (V, d) ΔW; counts: (V,) how often the tuning text has each token. The mean row is
+    taken off first: a vector common to all rows changes no prediction.
     """
-    total = {name: W.square().sum() for name, W in updates.items()}
+    rows = {n: {name: W[counts >= n] for name, W in updates.items()} for n in thresholds}
+    spectra = {
+        n: {name: lowrank.svd(W - W.mean(dim=0)).S for name, W in kept.items()} for n, kept in rows.items()
+    }
+    stable = {name: [lowrank.stable_rank(spectra[n][name]) for n in thresholds] for name in updates}
+    colours = dict(zip(updates, plots.PALETTE, strict=False))
+    places = range(len(thresholds))  # evenly spaced: they grow about threefold, and one of them is 0
 
     def draw(figure, n: int) -> str:
-        left, right = figure.subplots(1, 2, width_ratios=[1, 1.5])
-        kept = {name: W[counts >= n] for name, W in updates.items()}
-        shares = {name: float(W.square().sum() / total[name]) for name, W in kept.items()}
-        spectra = {name: lowrank.svd(W).S for name, W in kept.items()}
-        colours = [plots.BLUE, plots.VERMILION][: len(shares)]
-        plots.bars(left, list(shares), list(shares.values()), colours, [f"{s:.0%}" for s in shares.values()])
-        left.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], xlabel="share of ‖ΔW‖² left")
+        left, right = figure.subplots(1, 2)
+        at = thresholds.index(n)
+        number = torch.arange(1, len(next(iter(spectra[n].values()))) + 1)
+        energies = {name: (number, lowrank.energy(S)) for name, S in spectra[n].items()}
+        plots.curves(left, energies, xlabel="rank r", ylabel="share of energy kept", ylim=(0, 1.03))
         left.set_title(f"{int((counts >= n).sum()):,} of {len(counts):,} rows")
-        number = torch.arange(1, len(next(iter(spectra.values()))) + 1)
         plots.curves(
             right,
-            {name: (number, lowrank.energy(S)) for name, S in spectra.items()},
-            xlabel="rank r",
-            ylabel="share of energy kept",
-            ylim=(0, 1.03),
+            {name: (places, values) for name, values in stable.items()},
+            xlabel="rows of tokens that occur n times or more",
         )
-        ranks = {name: lowrank.stable_rank(S) for name, S in spectra.items()}
-        right.set_title("stable rank: " + ", ".join(f"{name} {rank:.1f}" for name, rank in ranks.items()))
+        for name, values in stable.items():
+            right.plot(at, values[at], "o", color=colours[name], markersize=9)
+        right.set_xticks(places, ["all", *(f"{each}+" for each in thresholds[1:])])
+        right.set(ylim=(0, None), ylabel="stable rank")
+        right.set_title(
+            "stable rank: " + ", ".join(f"{name} {values[at]:.1f}" for name, values in stable.items())
+        )
         what = "All rows" if n == 0 else f"Rows of tokens that occur at least {n} time{'s' * (n > 1)}"
         parts = (
-            f"{name} {shares[name]:.0%} of its energy, stable rank {ranks[name]:.1f}" for name in updates
+            f"{name} {float(rows[n][name].square().sum() / W.square().sum()):.0%} of its energy, stable rank "
+            f"{stable[name][at]:.1f} without the mean row"
+            for name, W in updates.items()
         )
         return f"{what}: {'; '.join(parts)}."
 
-    return Explorer(draw, {"n": list(thresholds)}, start={"n": 0}, labels={"n": "least count"})
+    return Explorer(draw, {"n": list(thresholds)}, start={"n": start}, labels={"n": "least count"})
 
 
 def rounding(
@@ -188,6 +277,115 @@ def rounding(
         labels={"size": "‖ΔW‖/‖W‖"},
         formats={"size": "{:g}"},
     )
+
+
+def published_spectra(
+    base: Mapping[str, Tensor],
+    updates: Mapping[str, Mapping[str, Tensor]],
+    beside: tuple[str, Mapping[str, Tensor]],
+) -> Explorer:
+    """Kind of matrix → how fast its spectra fall, and how the rank for 90 % of the energy goes with depth.
+
+    base: kind → (layers, k) singular values of the weights before tuning; updates: name of a tuning → the same of its
+    ΔW; beside: another model's name and the same of its ΔW. Ranks are shown as shares of the full rank, since the two
+    models differ in width.
+    """
+    name, other = beside
+
+    def draw(figure, kind: str) -> str:
+        left, right = figure.subplots(1, 2)
+        groups = {
+            "W$_o$": base[kind],
+            **{title: of[kind] for title, of in updates.items()},
+            name: other[kind],
+        }
+        energies, depths, middle = {}, {}, {}
+        for title, spectra in groups.items():
+            full = spectra.shape[1]
+            mean = torch.stack([lowrank.energy(S) for S in spectra]).mean(0)
+            energies[title] = (torch.arange(1, full + 1) / full, mean)
+            shares = [lowrank.rank_for_energy(S, 0.9) / full for S in spectra]
+            depths[title] = (torch.arange(1, len(spectra) + 1) / len(spectra), shares)
+            middle[title] = _middle(shares)
+        plots.curves(
+            left,
+            energies,
+            xlabel="rank, as a share of the full one",
+            ylabel="share of energy kept",
+            ylim=(0, 1.03),
+        )
+        left.set_title(f"{kind}: mean over the layers")
+        plots.curves(
+            right,
+            depths,
+            xlabel="depth (1: the last layer)",
+            ylabel="rank for 90 % / full rank",
+            ylim=(0, 0.9),
+        )
+        right.get_legend().remove()
+        right.set_title("rank for 90 % of the energy, by depth")
+        parts = ", ".join(
+            f"{title.replace('$', '').replace('W_o', 'W_o')} {share:.0%}" for title, share in middle.items()
+        )
+        return (
+            f"{kind}: the share of the full rank that 90 % of the energy takes (median over layers): {parts}."
+        )
+
+    return Explorer(
+        draw,
+        {"kind": list(base)},
+        start={"kind": next(iter(base))},
+        labels={"kind": "matrix"},
+        size=(7.2, 3.1),
+    )
+
+
+def decisions_kept(
+    names: Sequence[str],
+    changed: Mapping[int, Sequence[bool]],
+    intervals: Mapping[int, tuple[float, float]],
+    energy: Mapping[int, float],
+    most: int = 17,
+) -> Explorer:
+    """Rank r of every cut ΔW → how many decisions stay, and which of them one doubling of the rank brings back.
+
+    names: of what is decided; changed: rank → whether each decision is another one than the tuned model's; intervals:
+    rank → that of the share that stays; energy: rank → share of ‖ΔW‖² that is kept.
+    """
+    ranks = list(changed)
+    kept = [1 - sum(changed[r]) / len(names) for r in ranks]
+    places = range(len(ranks))
+
+    def draw(figure, r: int) -> str:
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+        at = ranks.index(r)
+        low, high = zip(*(intervals[each] for each in ranks), strict=True)
+        left.fill_between(places, low, high, color=plots.BLUE, alpha=0.2, linewidth=0)
+        plots.curves(
+            left,
+            {"of the decisions": (places, kept), "of the energy": (places, [energy[each] for each in ranks])},
+        )
+        left.plot(at, kept[at], "o", color=plots.BLUE, markersize=9)
+        left.set_xticks(places, [str(each) for each in ranks])
+        left.set(xlabel="rank r of every ΔW", ylabel="share kept", ylim=(0, 1.03))
+        left.set_title(f"r = {r}: {kept[at]:.0%} of {len(names)} decisions")
+        after = changed[ranks[at + 1]] if at + 1 < len(ranks) else [False] * len(names)
+        back = [name for name, now, then in zip(names, changed[r], after, strict=True) if now and not then]
+        shown = back[:most] + ([f"and {len(back) - most} more"] if len(back) > most else [])
+        right.set_axis_off()
+        next_rank = f"r = {ranks[at + 1]}" if at + 1 < len(ranks) else "the whole ΔW"
+        right.set_title(f"changed at r = {r}, back with {next_rank}: {len(back)}")
+        right.text(
+            0, 0.98, "\n".join(shown), va="top", fontsize=8, transform=right.transAxes, linespacing=1.25
+        )
+        low, high = intervals[r]
+        return (
+            f"Every ΔW cut to rank {r}: {energy[r]:.0%} of the energy and {kept[at]:.0%} of the {len(names)} "
+            f"decisions stay ({low:.0%} to {high:.0%}); {sum(changed[r])} change, {len(back)} of these come back with "
+            f"{next_rank}."
+        )
+
+    return Explorer(draw, {"r": ranks}, start={"r": 8}, labels={"r": "rank r"}, size=(7.2, 3.6))
 
 
 def _middle(values: Sequence[float]) -> float:

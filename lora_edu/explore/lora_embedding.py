@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lora_edu import plots
 from lora_edu.counting import spaced
-from lora_edu.counting.traffic import CARDS, look_up_bytes, look_up_operations, short, traffic
+from lora_edu.counting.traffic import CARDS, look_up_bytes, look_up_operations, traffic
 from lora_edu.explore.explorer import Explorer
+from lora_edu.text import format_bytes
 
 
 def first_step(
@@ -78,7 +79,8 @@ def bytes_moved() -> Explorer:
     def draw(figure: Figure, vocabulary: int, tokens: int) -> str:
         axes = figure.subplots()
         moved = traffic(vocabulary, tokens)
-        plots.log_bars(axes, list(moved), list(moved.values()), colours, list(map(short, moved.values())))
+        said = {name: format_bytes(number) for name, number in moved.items()}
+        plots.log_bars(axes, list(moved), list(moved.values()), colours, list(said.values()))
         axes.set(xlim=(1e4, 3e10), xlabel="bytes read and written in a step")
         axes.set_xticks([1e4, 1e6, 1e8, 1e10], ["10 kB", "1 MB", "100 MB", "10 GB"])
         least = moved["minimum"]
@@ -86,8 +88,8 @@ def bytes_moved() -> Explorer:
         axes.set_title(f"loralib and PEFT move {peer:.3g} times the minimum, a sparse gradient {sparse:.2g}")
         return (
             f"With {spaced(vocabulary)} tokens in the vocabulary and {spaced(tokens)} in the batch (d = 64, "
-            f"r = 8) loralib and PEFT move {short(moved['loralib'])} a step, ours {short(moved['ours'])}, "
-            f"with a sparse gradient {short(moved['ours, sparse'])}; {short(least)} would do."
+            f"r = 8) loralib and PEFT move {said['loralib']} a step, ours {said['ours']}, "
+            f"with a sparse gradient {said['ours, sparse']}; {format_bytes(least)} would do."
         )
 
     return Explorer(

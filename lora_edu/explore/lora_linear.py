@@ -79,7 +79,7 @@ def gradient_norms(
         losses.set(ylim=(0, 1.3))
         losses.set_title(f"loss after {len(loss)} steps: {loss[-1]:.2f}")
         return (
-            f"r = {r}, alpha = {alpha}, s = {alpha / r:g}: at the first step A's gradient is {of_A[0]:.0f} and "
+            f"r = {r}, alpha = {alpha}, s = {alpha / r:g}: at the first step A's gradient is {of_A[0]:.2g} and "
             f"B's {of_B[0]:.2g}; after {len(of_A)} steps they are {of_A[-1]:.2g} and {of_B[-1]:.2g}, the "
             f"loss is {loss[-1]:.2f} of the first."
         )

@@ -44,7 +44,7 @@ def photograph_rank(photograph: Tensor, ranks: Sequence[int] = RANKS) -> Explore
 
 
 def elevation_rank(heights: Tensor, row: int = 100, ranks: Sequence[int] = RANKS) -> Explorer:
-    """r on a map of heights in metres: the hills cut to rank r under light, and the heights along one row.
+    """r on a map of heights in metres: the hills under light, whole and cut to rank r, and the heights along one row.
 
     The mean height is taken off before the cut and put back after it.
     """
@@ -54,13 +54,16 @@ def elevation_rank(heights: Tensor, row: int = 100, ranks: Sequence[int] = RANKS
     kilometres = torch.arange(heights.shape[1]) * 0.074
 
     def draw(figure, r: int) -> str:
-        hills, line = figure.subplots(1, 2, width_ratios=[1, 1.5])
+        original, hills, line = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
         truncated = mean + (U[:, :r] * S[:r]) @ Vh[:r]
         off = float((heights - truncated).square().mean().sqrt())
-        plots.relief(hills, truncated, f"rank {r}: {percent(kept[r - 1])} of the energy")
-        hills.axhline(row, color=plots.VERMILION, linestyle="--", linewidth=1)
+        # Every second point will do: so small, a panel has no more pixels than that.
+        titles = {original: "measured", hills: f"rank {r}: {percent(kept[r - 1])} of the energy"}
+        for axes, map_ in ((original, heights), (hills, truncated)):
+            plots.relief(axes, map_[::2, ::2], titles[axes], step=(148, 186))
+            axes.axhline(row / 2, color=plots.VERMILION, linestyle="--", linewidth=1)
         plots.profile(line, kilometres, {"measured": heights[row], f"rank {r}": truncated[row]})
-        line.set(ylim=(200, 1000), title=f"along the dashed line; whole map off by {off:.0f} m")
+        line.set(ylim=(200, 1000), title=f"along the row; map off by {off:.0f} m")
         return (
             f"The map cut to rank {r} keeps {percent(kept[r - 1])} of the energy "
             f"and is off by {off:.0f} m (root mean square)."
@@ -71,8 +74,8 @@ def elevation_rank(heights: Tensor, row: int = 100, ranks: Sequence[int] = RANKS
         {"r": list(ranks)},
         start={"r": nearest(ranks, 8)},
         labels={"r": "rank r"},
-        colours=96,
-        density=1.2,
+        colours=64,
+        density=1,
     )
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lora_edu import plots
 from lora_edu.explore.explorer import Explorer
+from lora_edu.text import format_bytes
 
 QUOTED = 70  # characters of a text that the sentence under its picture repeats
 
@@ -40,7 +41,7 @@ def what_each_rank_writes(
         else:
             base[0].set(color=plots.BLUE, linewidth=2.5)
         cost.set(xlim=(0.05, 9), ylim=(low - 0.25, high + 0.35))
-        size = f", {on_disk(sizes[r])}" if r else ""
+        size = f", {format_bytes(sizes[r])}" if r else ""
         cost.set_title(f"{losses[r]:.2f} nats a token{size}")
         begins = " ".join(texts[r].removeprefix(prompt).split())[:QUOTED]
         return (
@@ -57,8 +58,3 @@ def what_each_rank_writes(
         formats={"r": lambda r: str(r) if r else "0 (the base)"},
         colours=32,
     )
-
-
-def on_disk(size: int) -> str:
-    """Bytes as kB or MB (1000 bytes, 1000 kB), to three digits at most."""
-    return f"{size / 1e3:.0f} kB" if size < 999_500 else f"{size / 1e6:.1f} MB"

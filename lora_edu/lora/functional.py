@@ -42,9 +42,14 @@ def lora_linear(
     computed in lora_A's dtype, the result has the dtype of W x.
     """
     base = F.linear(x, weight, bias)
+    low = low_rank_part(x, lora_A, scaling, dropout)
+    return base.add_(F.linear(low, lora_B))  # in place: no third array as large as the output
+
+
+def low_rank_part(x: Tensor, lora_A: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    """s · A x: (..., in) → (..., r), in lora_A's dtype. B times this is what LoRA adds to a linear layer's output."""
     x = F.dropout(x, dropout) if dropout > 0 else x
-    low = F.linear(x.to(lora_A.dtype), lora_A)
-    return base.add_(F.linear(scaling * low, lora_B))  # in place: no third array as large as the output
+    return scaling * F.linear(x.to(lora_A.dtype), lora_A)
 
 
 def lora_embedding(

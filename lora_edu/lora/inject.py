@@ -3,17 +3,22 @@
 Not for one layer (layers.py) and not for files (peft_format.py).
 """
 
-import difflib
 import fnmatch
 import re
+import types
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
-from .layers import LoRAEmbedding, LoRALinear, MergeReport, is_conv1d, refuse_layer
+from lora_edu.text import nearest
+
+from .checks import is_conv1d, refuse_layer
+from .layers import LoRAEmbedding, LoRALinear, MergeReport
 
 Target = str | re.Pattern | type
+ALL_LINEAR = "all-linear"  # PEFT's word
 
 
 def add_lora(
@@ -33,14 +38,15 @@ def add_lora(
     place.
 
     A target is the end of a layer's name ("query", "0.attention.query"), a pattern ("blocks.*.query", or a
-    compiled regular expression that has to match the whole name) or a type of layer (nn.Linear). Each must
-    match something.
+    compiled regular expression that has to match the whole name), a type of layer (nn.Linear) or "all-linear",
+    which means as in PEFT every linear layer but the head that makes the logits. Each must match something.
     `rank` and `alpha` are one number, or a number for each target; a layer that several targets match belongs
     to the first. `dropout` acts in linear layers; `sparse` and `check_tokens` in embeddings (LoRAEmbedding).
 
     An embedding whose table is also the head's (tied) is refused: with LoRA on one of the two, input and
     output would use different tables, and no single table could hold the merged one. `tied="separate"`
-    accepts that: the other keeps W, whether merged or not.
+    accepts that: the other keeps W, whether merged or not. A tied layer that only a type or "all-linear" matches
+    is left out, with a warning, where others are left.
 
     Raises ValueError or TypeError that names the layer and the reason; the model is then unchanged.
     """
@@ -48,6 +54,8 @@ def add_lora(
         raise ValueError(f'tied must be "refuse" or "separate"; got {tied!r}')
     targets = [targets] if isinstance(targets, Target) else list(targets)
     found = find_layers(model, targets)
+    if tied == "refuse":
+        found = _without_tied(model, found, targets)
     for number, name in ((rank, "rank"), (alpha, "alpha")):
         if isinstance(number, Mapping) and set(number) != set(targets):
             raise ValueError(
@@ -81,9 +89,8 @@ def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> 
                 built[id(layer)] = build(name, layer)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from None
-            if tied_to(
-                model, name
-            ):  # its own Parameter on the same memory: merging then leaves the other alone
+            # Its own Parameter on the same memory, so that merging leaves the other alone.
+            if tied_to(model, name):
                 built[id(layer)].weight = nn.Parameter(layer.weight.data, requires_grad=False)
     except BaseException:
         _set_trainable(model, trainable)
@@ -102,6 +109,10 @@ def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> 
             if id(child) in built:
                 setattr(parent, name, built[id(child)])
     model._trainable_before_lora = sorted({*trainable, *getattr(model, "_trainable_before_lora", ())})
+    if hasattr(type(model), "resize_token_embeddings"):
+        ends = (model.get_input_embeddings(), _head(model))
+        if any(layer in ends for layer in lora_layers(model).values()):
+            model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
     return model
 
 
@@ -129,7 +140,9 @@ def unmerge_lora(model: nn.Module) -> None:
 def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
     """Put the very original modules back, trainable as they were, and forget the adapter; returns the model.
 
-    `merge=True` leaves W + ΔW in them. If one of them was tied to another layer, it is not afterwards.
+    What the adapter had trained beside LoRA (modules_to_save, biases, token rows) goes back, too.
+    `merge=True` leaves W + ΔW in them, and what stood beside LoRA. If one of them was tied to another layer, it is
+    not afterwards.
     """
     model = unwrap(model)
     layers = _some_lora(model)
@@ -143,6 +156,8 @@ def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
         shared = layer._original and layer.weight is not original.weight and not merge
         if not shared:
             original.weight = layer.weight
+        if isinstance(layer, LoRAEmbedding):  # which may have been resized since
+            original.num_embeddings, original.padding_idx = original.weight.shape[0], layer.padding_idx
         if getattr(layer, "bias", None) is not None:
             original.bias = layer.bias
         original.train(layer.training)
@@ -151,6 +166,16 @@ def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if id(child) in originals:
                 setattr(parent, name, originals[id(child)])
+    beside = vars(model).pop("_beside_lora", None)
+    if beside is not None and not merge:
+        state = dict(_all_parameters(model)) | dict(model.named_buffers(remove_duplicate=False))
+        with torch.no_grad():
+            for name, original in beside.originals.items():
+                state[name].copy_(original)
+        for name, shared in beside.untied.items():
+            module, _, last = name.rpartition(".")
+            setattr(model.get_submodule(module), last, shared)
+    vars(model).pop("resize_token_embeddings", None)
     if "_trainable_before_lora" in vars(model):
         _set_trainable(model, vars(model).pop("_trainable_before_lora"))
     return model
@@ -179,8 +204,13 @@ def find_layers(model: nn.Module, targets: list[Target]) -> dict[str, Target]:
     for target in targets:
         if not isinstance(target, Target):
             raise TypeError(f"a target must be a name, a pattern or a type of layer; got {target!r}")
+    linear = [name for name in _suitable(model) if name and not isinstance(modules[name], nn.Embedding)]
+    head = _head(unwrap(model))
     hits = {
-        target: [name for name, each in modules.items() if matches(target, name, each)] for target in targets
+        target: [name for name in linear if modules[name] is not head]
+        if target == ALL_LINEAR
+        else [name for name, each in modules.items() if matches(target, name, each)]
+        for target in targets
     }
     for target, names in hits.items():
         if not names:
@@ -200,6 +230,32 @@ def matches(target: Target, name: str, module: nn.Module) -> bool:
     if isinstance(target, re.Pattern):
         return target.fullmatch(name) is not None
     return isinstance(module, target)
+
+
+def _without_tied(model: nn.Module, found: dict[str, Target], targets: list[Target]) -> dict[str, Target]:
+    """The layers found, but for those that are tied and that no target means in particular; says which."""
+    model = unwrap(model)
+    named = [each for each in targets if not isinstance(each, type) and each != ALL_LINEAR]
+
+    def left_out(name: str) -> bool:
+        layer = model.get_submodule(name)
+        return (
+            isinstance(layer, nn.Linear | nn.Embedding)
+            and not any(matches(target, name, layer) for target in named)
+            and bool(tied_to(model, name))
+        )
+
+    tied = [name for name in found if left_out(name)]
+    kept = {name: target for name, target in found.items() if name not in tied}
+    if not tied or not kept:
+        return found
+    others = dict.fromkeys(other for name in tied for other in tied_to(model, name))
+    warnings.warn(
+        f"{_listing(tied)} left out: the weight is also {_listing(others)} (tied). Name the layer and say "
+        'tied="separate" to adapt it alone',
+        stacklevel=3,
+    )
+    return kept
 
 
 def tied_to(model: nn.Module, name: str) -> list[str]:
@@ -254,6 +310,26 @@ def _refuse(model: nn.Module, name: str, layer: nn.Module, tied: str) -> None:
         )
 
 
+def _head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits: the one that transformers' models name, else `head` or `lm_head`."""
+    if hasattr(model, "get_output_embeddings"):
+        return model.get_output_embeddings()
+    return getattr(model, "head", getattr(model, "lm_head", None))
+
+
+def _resize_token_embeddings(model, new_num_tokens: int | None = None, *options, **named):
+    """Stands before transformers' own while the table or the head has LoRA: that resizes W alone, or drops LoRA."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    multiple = named.get("pad_to_multiple_of") or next(iter(options), None) or 1
+    wanted = -(-(new_num_tokens or rows) // multiple) * multiple
+    if wanted == rows:
+        return type(model).resize_token_embeddings(model, new_num_tokens, *options, **named)
+    raise RuntimeError(
+        f"resize_token_embeddings({new_num_tokens}): the table or the head has LoRA, whose factors are for {rows} "
+        "tokens; transformers would resize W alone. Resize first, then add_lora; remove_lora(model) leads back there"
+    )
+
+
 def _some_lora(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
     layers = lora_layers(model)
     if not layers:
@@ -303,12 +379,9 @@ def _near(model: nn.Module, target: Target) -> str:
     text = re.sub(r"[^\w.]+", "", text).strip(".")
     names = list(_suitable(model))
     ends = dict.fromkeys([name.rpartition(".")[2] for name in names] + names)
-    lowered = {each.lower(): each for each in ends}
-    close = difflib.get_close_matches(text.lower(), lowered, n=3, cutoff=0.5) + difflib.get_close_matches(
-        text.rpartition(".")[2].lower(), lowered, n=3, cutoff=0.6
-    )
+    close = dict.fromkeys(nearest(text, ends) + nearest(text.rpartition(".")[2], ends, cutoff=0.6))
     if close:
-        return f"did you mean {_listing(dict.fromkeys(lowered[each] for each in close), ' or ')}?"
+        return f"did you mean {_listing(close, ' or ')}?"
     return f"this model has {_offers(model)}"
 
 

@@ -28,12 +28,31 @@ class PairedOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict:
-        return {"optimizers": [each.state_dict() for each in self.optimizers]}
+        """As of one optimiser: states and groups by a parameter's number, counted through all of them."""
+        whole, first = {"state": {}, "param_groups": []}, 0
+        for each in self.optimizers:
+            part = each.state_dict()
+            whole["state"] |= {first + index: values for index, values in part["state"].items()}
+            for group in part["param_groups"]:
+                numbers = [first + index for index in group["params"]]
+                whole["param_groups"].append(group | {"params": numbers})
+            first += _held(each)
+        return whole
 
     def load_state_dict(self, state_dict: dict) -> None:
-        for each, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            each.load_state_dict(state)
+        groups, first = iter(state_dict["param_groups"]), 0
+        for each in self.optimizers:
+            last = first + _held(each)
+            part = [next(groups) for _ in each.param_groups]
+            part = [group | {"params": [index - first for index in group["params"]]} for group in part]
+            state = {n - first: values for n, values in state_dict["state"].items() if first <= n < last}
+            each.load_state_dict({"state": state, "param_groups": part})
+            first = last
         self.param_groups = [group for each in self.optimizers for group in each.param_groups]
+
+
+def _held(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def pair_optimizers(

@@ -21,9 +21,9 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
-from lora_edu import notebooks
+from lora_edu import guard, notebooks
 from lora_edu.notebooks import Edition
-from lora_edu.paths import REPOSITORY, write_atomically
+from lora_edu.paths import REPOSITORY, repository, write_atomically
 from lora_edu.site import pages
 
 TARGET = REPOSITORY / "build" / "site"
@@ -65,12 +65,7 @@ def run(edition: Edition, path: Path) -> float:
     """Runs a notebook without a network, in a reader's folder of its own, and keeps it at `path`; returns seconds."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
-        guard = [str(REPOSITORY / "tests" / "notebooks"), os.environ.get("PYTHONPATH", "")]
-        variables = {
-            "LORA_EDU_HOME": home,
-            "PYTHONPATH": os.pathsep.join(filter(None, guard)),  # no network, no writing into the clone
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
+        variables = {"LORA_EDU_HOME": home, **guard.variables()}
         try:
             ran = notebooks.run(edition.notebook, keep_widgets=True, variables=variables)
         except ValueError as error:
@@ -96,6 +91,11 @@ def with_results(notebook: NotebookNode, ran: NotebookNode) -> NotebookNode:
     return notebook
 
 
+def kept_at(edition: Edition, runs: Path) -> Path:
+    """Where the run of a notebook is kept, as long as nothing that it depends on changes."""
+    return runs / f"{edition.name.replace('/', '-')}-{key(edition.notebook)}.ipynb"
+
+
 def gather(
     editions: Sequence[Edition], alive: set[str] | None, jobs: int, runs: Path
 ) -> dict[str, NotebookNode]:
@@ -107,9 +107,9 @@ def gather(
     by_name = {edition.name: edition for edition in editions}
     for edition in editions:
         if shows_explorers(edition.notebook) and (alive is None or edition.name in alive):
-            kept[edition.name] = runs / f"{edition.name.replace('/', '-')}-{key(edition.notebook)}.ipynb"
+            kept[edition.name] = kept_at(edition, runs)
         else:
-            results[edition.name] = edition.notebook if edition.name == "index" else stored(edition)
+            results[edition.name] = stored(edition)
     missing = [edition for edition in editions if edition.name in kept and not kept[edition.name].is_file()]
     if missing:
         print(f"running {len(missing)} notebooks, {jobs} at a time", flush=True)
@@ -137,11 +137,21 @@ def make_pages(results: Mapping[str, NotebookNode]) -> dict[str, pages.Page]:
     for name, notebook in results.items():
         answers = f"solutions/{name}"
         made[name] = pages.make_page(notebook, name, f"{answers}.ipynb" if answers in solutions else None)
-    opening = results["index"].cells[0].source.split("\n## ")[0]
-    contents = [toctree("Chapters", chapters), toctree("Solutions", solutions)]
-    first = new_markdown_cell("\n\n".join([opening, ABOUT, *contents]), id="contents")
-    made["index"].source.cells = [first]
+    contents = [ABOUT, toctree("Chapters", chapters), toctree("Solutions", solutions)]
+    opening = made["index"].source
+    opening.cells = [*until_heading(opening.cells), new_markdown_cell("\n\n".join(contents), id="contents")]
     return made
+
+
+def until_heading(cells: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """The cells, or the part of one, above the first heading of the second level."""
+    above = []
+    for cell in cells:
+        if cell.cell_type == "markdown" and (start := f"\n{cell.source}".find("\n## ")) >= 0:
+            cell.source = cell.source[: max(start - 1, 0)]
+            return [*above, cell] if cell.source else above
+        above.append(cell)
+    return above
 
 
 def lay_out(made: Mapping[str, pages.Page], work: Path) -> Path:
@@ -270,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     began = time.perf_counter()
     try:
+        repository()
         sizes = build(alive=set(chosen.names) or None, jobs=chosen.jobs)
     except (FileNotFoundError, ValueError) as error:
         print(f"the site was not built: {error}", file=sys.stderr)

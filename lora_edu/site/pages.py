@@ -29,6 +29,8 @@ LINKS = ("LinkModel", "DirectionalLinkModel")
 CANNOT = "This part asks the Python kernel, which a page does not have: open the chapter with `make lab` to use it."
 STARTS = "Here is what it says for the values it starts with."
 NO_SCRIPTS = "Scripts are off, so the slider stays where it is."
+NO_REPLIES = "Scripts are off, so no option answers."
+PREDICTION = "lora-edu-prediction"  # the CSS class of explore.predict's widget
 
 Models = Mapping[str, Mapping]  # a widget's id → its model_name and its state
 
@@ -85,6 +87,9 @@ def convert(output: NotebookNode, models: Models, where: str) -> set[str]:
             shown, needed = picture(data["image/png"], about), set()
         output.data = nbformat.from_dict({"text/html": shown})
         return needed
+    if root in models and PREDICTION in models[root]["state"].get("_dom_classes", []):
+        output.data = nbformat.from_dict({"text/html": prediction(root, models)})
+        return needed
     if inputs(models, needed):
         output.data = nbformat.from_dict({"text/html": asks_kernel(data.get("text/plain", ""))})
     return set()
@@ -108,6 +113,17 @@ def explorer(root: str, models: Models, needed: set[str]) -> str:
     return (
         f'<div class="explorer" data-model="{root}"><div class="explorer-start">{rows}{start(models, root)}</div>'
         f'<noscript><p class="explorer-note">{NO_SCRIPTS}</p></noscript></div>'
+    )
+
+
+def prediction(root: str, models: Models) -> str:
+    """A question and its options as they look before a choice, without the replies; a script brings them to life."""
+    asked, buttons, *_ = (models[child]["state"] for child in children(models, root))
+    options = "".join(f"<li>{html.escape(option)}</li>" for option in buttons["_options_labels"])
+    return (
+        f'<div class="prediction" data-model="{root}"><div class="prediction-start">'
+        f"<p>{asked['value']}</p><ul>{options}</ul></div>"
+        f'<noscript><p class="explorer-note">{NO_REPLIES}</p></noscript></div>'
     )
 
 
@@ -177,8 +193,9 @@ def inputs(models: Models, needed: set[str]) -> bool:
 
 
 def slim(model: Mapping) -> dict:
-    """A widget without what is its default anyway."""
-    state = {name: value for name, value in model["state"].items() if value is not None}
+    """A widget without what is its default anyway; an index of none is not."""
+    kept = ("index", "selected_index")
+    state = {name: value for name, value in model["state"].items() if value is not None or name in kept}
     return {"model_name": model["model_name"], "state": state}
 
 

@@ -8,12 +8,12 @@
 # # 02 · Intrinsic dimension
 #
 # A model with 2.7 million weights is tuned. Must all of them be chosen, or would a few thousand numbers do, if each of
-# them moved every weight a little? Li et al. (2018) found a way to ask: train in a *random* subspace of *d* dimensions,
-# and look from which *d* on the result is good enough. Aghajanyan et al. (2020) asked it of fine-tuning, and the answer
+# them moved every weight a little? Li et al. (2018) found a way to ask: train in a *random* subspace of $d$ dimensions,
+# and look for the smallest $d$ that gives a good result. Aghajanyan et al. (2020) asked it of fine-tuning, and the answer
 # (200 numbers, in one case) is what the LoRA paper starts from. It then goes on to low *rank*. This chapter measures the
 # dimension, and shows that it is another thing than rank.
 #
-# **Afterwards you can** train any model in a random subspace; find its intrinsic dimension d₉₀ and say of what it is
+# **Afterwards you can** train any model in a random subspace; find its intrinsic dimension $d_{90}$ and say of what it is
 # 90 %; project into millions of dimensions without storing the projection; tell low dimension from low rank.
 #
 # **You should know** chapter 01 (rank and spectra), and what a gradient is.
@@ -26,18 +26,20 @@ import math
 import torch
 from IPython.display import clear_output
 
-from lora_edu import exercises, explore, lowrank
+from lora_edu import explore, lowrank, plots
 from lora_edu.data import load_base_losses, load_checkpoint, load_corpus, load_sweeps
-from lora_edu.data.sweeps import around, by_dimension, levels
+from lora_edu.data.runs import around, by_dimension, levels
+from lora_edu.exercises import chapter_02 as exercises
+from lora_edu.loss import next_token_loss
 from lora_edu.tinylm import TinyLM
-from lora_edu.training import Batches, evaluate, fit, next_token_loss
+from lora_edu.training import Batches, evaluate, fit
 from lora_edu.tuning import adjoint, project, sparse_projection, subspace
 
 # %% [markdown]
 # ## 1 · A problem of dimension ten
 #
-# This one is Li et al.'s own (their section 2; they start from a random θ₀, we from zero). There are D = 1 000
-# parameters θ, and ten wishes: the first hundred
+# This one is Li et al.'s own (their section 2; they start from a random $\theta_0$, we from zero). There are
+# $D = 1\,000$ parameters $\theta$, and ten wishes: the first hundred
 # shall sum to 1, the next hundred to 2, …, the last hundred to 10. The loss is the squared error of the ten sums.
 
 # %%
@@ -55,12 +57,14 @@ def loss(θ):
 print(f"loss at the start: {loss(θ_0):.0f}")
 
 # %% [markdown]
-# Now do not train θ. Draw *d* random directions once, the columns of P, and train only how far to go along each:
+# Now do not train $\theta$. Draw $d$ random directions once, the columns of $P$, and train only how far to go along each:
 #
-# > **θ = θ₀ + P z**, with P (D, d) random and fixed, and z (d,) trained, from zero.
+# $$\theta = \theta_0 + P z$$
 #
-# Autograd needs nothing new for it. By the chain rule the gradient of z is Pᵀ times the gradient of θ: what a step in
-# the subspace sees of the full gradient is its shadow on *d* directions.
+# with $P$ of shape $(D, d)$, random and fixed, and $z$ of shape $(d,)$, trained, from zero.
+#
+# Autograd needs nothing new for it. By the chain rule the gradient of $z$ is $P^\top$ times the gradient of $\theta$: what
+# a step in the subspace sees of the full gradient is its shadow on $d$ directions.
 
 
 # %%
@@ -78,11 +82,24 @@ loss(θ).backward()
 assert torch.allclose(z.grad, P.T @ θ.grad)
 
 # %% [markdown]
-# In this problem we need not wait for training to converge: the loss is quadratic in z, and least squares gives the z
-# where training would end.
-#
-# **Predict**: from which *d* on does the loss reach zero? (There are a thousand parameters.) And how much of it is gone
-# at half that *d*?
+# In this problem we need not wait for training to converge: the loss is quadratic in $z$, and least squares gives the
+# $z$ where training would end.
+
+# %%
+explore.predict(
+    "There are a thousand parameters and ten wishes. What is the smallest d at which the loss reaches zero?",
+    {
+        "10": "Ten wishes ask for ten things, whatever the number of parameters. The table shows whether every one of "
+        "200 random draws manages it, and what is left at half of ten.",
+        "some 500": "Half of the parameters seems a safe guess if each wish needs its own hundred. But one direction "
+        "moves all ten sums at once. Compare with the last line of the table.",
+        "1000": "Every parameter matters to some sum, so one may think that all must be free. What counts is how many "
+        "different things are asked. Compare with the last line of the table.",
+    },
+)
+
+# %% [markdown]
+# Two hundred draws of $P$ for each $d$:
 
 
 # %%
@@ -100,16 +117,40 @@ for d in (1, 5, 9, 10):
     assert abs(gains.mean() - d / 10) < 0.06
 assert gains.min() > 1 - 1e-9
 
+# %%
+figure, axes = plots.subplots(1, 1, size=(5.4, 2.6))
+dimensions = list(range(1, 13))
+shares = [
+    torch.tensor([best_gain(sums, goal, random_directions(D, d, seed))[0] for seed in range(40)])
+    for d in dimensions
+]
+plots.curves(
+    axes,
+    {
+        "mean of 40 draws": (dimensions, [float(each.mean()) for each in shares]),
+        "the worst of them": (dimensions, [float(each.min()) for each in shares]),
+    },
+    xlabel="dimension d",
+    ylabel="share of the loss removed",
+)
+axes.set_title("Ten wishes, a thousand parameters")
+axes.legend()
+assert shares[8].min() < 0.999 and shares[9].min() > 1 - 1e-9
+plots.show(
+    figure,
+    "Share of the loss removed against d: it rises by a tenth with each direction and is whole at d = 10.",
+)
+
 # %% [markdown]
-# At d = 10, for every draw of P. The problem has D parameters, but it only asks ten things of them; the solutions fill
-# a space of D − 10 = 990 dimensions, and a random subspace of *d* dimensions meets it as soon as *d* + 990 ≥ D. Below that,
-# *d* random directions take *d* tenths of the loss away, on average. **The intrinsic dimension counts what the task asks,
+# At $d = 10$, for every draw of $P$. The problem has $D$ parameters, but it only asks ten things of them; the solutions fill
+# a space of $D - 10 = 990$ dimensions, and a random subspace of $d$ dimensions meets it as soon as $d + 990 \ge D$. Below
+# that, $d$ random directions take $d$ tenths of the loss away, on average. **The intrinsic dimension counts what the task asks,
 # not what the model has.** Make D a million: the answer stays ten.
 #
 # On real data no loss reaches zero, and a threshold is needed. Li et al. set it relative to full training, at 90 %:
-# **d₉₀ is the smallest *d* with at least 90 % of the
-# performance of full training**. Subspaces that lie in one another (more columns of the same P) can only do better with
-# larger *d*, so d₉₀ can be found by bisection, in log₂ D trainings instead of D.
+# **$d_{90}$ is the smallest $d$ with at least 90 % of the
+# performance of full training**. Subspaces that lie in one another (more columns of the same $P$) can only do better with
+# larger $d$, so $d_{90}$ can be found by bisection, in $\log_2 D$ trainings instead of $D$.
 
 
 # %%
@@ -134,12 +175,24 @@ assert set(found) <= {6, 7, 8, 9, 10} and 8 <= sum(found) / len(found) <= 9.5
 # ## 2 · Low dimension is not low rank
 #
 # From "few numbers are enough" it is a short step to "so the update is of low rank". Is it? Here are two tasks for one
-# weight matrix W of 24 × 18, so D = 432.
+# weight matrix $W$ of 24 × 18, so $D = 432$.
 #
-# - *Twenty questions*: each is a random matrix Q, and the answer ⟨Q, W⟩ = Σ Q_ij W_ij shall be a given number.
-# - *Copy*: W shall be equal to a given matrix, and that matrix is of rank 1.
-#
-# **Predict** for each: is d₉₀ small or large, and of what rank is the update that the subspace finds?
+# - *Twenty questions*: each is a random matrix $Q$, and the answer $\langle Q, W \rangle = \sum Q_{ij} W_{ij}$ shall be a
+#   given number.
+# - *Copy*: $W$ shall be equal to a given matrix, and that matrix is of rank 1.
+
+# %%
+explore.predict(
+    "Copy has an answer of rank 1, which 24 + 18 numbers describe. How large is its d₉₀ in a random subspace?",
+    {
+        "about 1": "That is the rank of the answer. A random subspace does not know the answer, nor that it has rank 1. "
+        "Look at the second line.",
+        "about 42": "That many numbers describe the answer, if one may choose the two vectors. A random subspace offers "
+        "fixed mixtures of all entries. Look at the second line.",
+        "about 390": "The task asks for each of the 432 entries, and d random directions take d/432 of the error away: "
+        "nine tenths of 432 is 389. So rank says nothing here about dimension.",
+    },
+)
 
 # %%
 rows, columns = 24, 18
@@ -159,17 +212,17 @@ assert rank_of == {"twenty questions": 18, "copy": 18}
 assert 14 <= d_of["twenty questions"] <= 20 and abs(d_of["copy"] - 389) < 15
 
 # %% [markdown]
-# - *Twenty questions* has a low dimension, at most 20. The update that answers them has **full rank**: P z is a mixture
-#   of *d* random matrices, and each of these alone has full rank already.
-# - *Copy* has an answer of the lowest rank there is, described by 24 + 18 numbers. Its d₉₀ is **nine tenths of D**: the
-#   task asks for every entry, a random subspace does not know that rank 1 would do, and takes *d*/D of the error away.
+# - *Twenty questions* has a low dimension, at most 20. The update that answers them has **full rank**: $P z$ is a mixture
+#   of $d$ random matrices, and each of these alone has full rank already.
+# - *Copy* has an answer of the lowest rank there is, described by 24 + 18 numbers. Its $d_{90}$ is **nine tenths of** $D$: the
+#   task asks for every entry, a random subspace does not know that rank 1 would do, and takes $d / D$ of the error away.
 #
 # So neither implies the other. Dimension is about the *task* (how much does it ask?), with subspaces that know nothing;
 # rank is about one *update* (how much is there in it?).
 #
-# And now LoRA's side of it: updates of rank *r*. Freeze a random A (r, 18) and train B alone: ΔW = BA is then linear in
-# B, a subspace like the others, of 24*r* dimensions, with P = I ⊗ Aᵀ, a copy of Aᵀ for each row of B. How large must
-# *r* be for 90 %?
+# And now LoRA's side of it: updates of rank $r$. Freeze a random $A$ of shape $(r, 18)$ and train $B$ alone:
+# $\Delta W = B A$ is then linear in $B$, a subspace like the others, of $24 r$ dimensions, with $P = I \otimes A^\top$, a copy
+# of $A^\top$ for each row of $B$. How large must $r$ be for 90 %?
 
 
 # %%
@@ -188,13 +241,30 @@ for name, r in rank_needed.items():
 assert rank_needed["twenty questions"] == 1 and 13 <= rank_needed["copy"] <= 18
 
 # %% [markdown]
-# The twenty questions, answered a moment ago by an update of rank 18, are answered by one of **rank 1** as well: with A
-# given it has 24 numbers to choose, and 20 are enough. A task of low dimension *allows* a low rank; it does not *make* the
-# update low-rank. And that an update has full rank (chapter 03 will find one) does not show that a low-rank one would fail.
+# The twenty questions, answered a moment ago by an update of rank 18, are answered by one of **rank 1** as well: with $A$
+# given it has 24 numbers to choose, and 20 are enough. So which rank a method *finds* and which rank *exists* are two
+# questions: that an update has full rank (chapter 03 will find one) does not show that a low-rank one would fail.
 #
-# The copy needs nearly all ranks with A frozen at random, and a single one with A *chosen*: truncation gives it exactly
-# (chapter 01). That is what LoRA adds by training A as well: its ΔW is not linear in what is trained, the family of all
-# matrices of rank *r* is no subspace, and it need not be random.
+# Does a low dimension always allow a low rank, then? No. Here is a third task: **the smallest singular value of** $W$ **shall
+# be 1**. It asks one thing. A random line, $d = 1$, meets it: the smallest singular value of $t M$ is
+# $\lvert t \rvert \sigma_{\min}(M)$, so some $t$ is right. But no matrix below full rank can, since its smallest singular
+# value is zero.
+
+# %%
+smallest = lambda W: torch.linalg.svdvals(W)[-1]
+M = random_directions(rows * columns, 1, seed=0).view(rows, columns)  # the one direction of a random line
+answer = M / smallest(M)
+nearly = lowrank.truncate(answer, columns - 1)
+print(
+    f"on a random line: smallest singular value {smallest(answer):.3f}, rank {lowrank.numerical_rank(answer)}"
+)
+print(f"cut to rank {columns - 1}: smallest singular value {smallest(nearly):.3f}")
+assert abs(smallest(answer) - 1) < 1e-9 and smallest(nearly) < 1e-9
+
+# %% [markdown]
+# The copy needs nearly all ranks with $A$ frozen at random, and a single one with $A$ *chosen*: truncation gives it exactly
+# (chapter 01). That is what LoRA adds by training $A$ as well: its $\Delta W$ is not linear in what is trained, the family of all
+# matrices of rank $r$ is no subspace, and it need not be random.
 
 # %%
 one = lowrank.truncate(target, 1)
@@ -203,17 +273,28 @@ assert torch.allclose(one, target)
 # %% [markdown]
 # ## 3 · A projection that is never stored
 #
-# For the language model D is 2 728 000. **Predict** the size of a dense P for d = 10 000, in bytes.
+# For the language model $D$ is 2 728 000.
+
+# %%
+explore.predict(
+    "How large is a dense P for d = 10 000, in float32?",
+    {
+        "as large as the model, 11 MB": "That is one column of it: each of the d directions moves every weight. Multiply "
+        "by ten thousand.",
+        "about 1 GB": "A hundred times the model. P has D rows and d columns of four bytes each: work it out, then look.",
+        "about 100 GB": "D × d × 4 bytes: 2.7 million times ten thousand times four. More than any laptop holds.",
+    },
+)
 
 # %%
 D, d = 2_728_000, 10_000
 print(f"dense P: {4 * D * d / 1e9:.0f} GB in float32")
 
 # %% [markdown]
-# Nobody stores that. Li et al. also use a sparse P, and Fastfood (Le et al. 2013), a product of diagonal matrices, a
+# Nobody stores that. Li et al. also use a sparse $P$, and Fastfood (Le et al. 2013), a product of diagonal matrices, a
 # permutation and fast Hadamard transforms, which Aghajanyan et al. use. Ours is sparser still: **one number in each
 # row**.
-# Every weight is tied to one of *d* dials and turns with it, forwards or backwards, by a random sign. It is the
+# Every weight is tied to one of $d$ dials and turns with it, forwards or backwards, by a random sign. It is the
 # *count sketch* of Charikar et al. (2002), with as many weights on each dial as on any other.
 
 # %%
@@ -237,12 +318,13 @@ print(f"⟨P z, g⟩ / ⟨z, Pᵀg⟩ = {(P_times(z) @ g) / (z @ P_transposed_ti
 assert torch.allclose(P_transposed_times(P_times(z)), z)
 
 # %% [markdown]
-# Two columns never touch the same row, so they are orthogonal, exactly; with the right scale P keeps lengths.
-# (Random columns of a dense P are orthogonal on average.) It costs one look-up a weight, and at d = D it is a
-# permutation with signs: training z is then full tuning.
+# Two columns never touch the same row, so they are orthogonal, exactly; with the right scale $P$ keeps lengths.
+# (Random columns of a dense $P$ are orthogonal on average.) It costs one look-up a weight, and at $d = D$ it is a
+# permutation with signs: training $z$ is then full tuning.
 #
-# `lora_edu.tuning` has the same in eight bytes a weight. Dials and signs come from a hash of the seed, so that the same P
-# comes out on every machine.
+# `lora_edu.tuning` has the same in eight bytes a weight. Dials and signs come from a hash of the seed, so that the same
+# $P$ comes out on every machine. (One difference to section 1: a sparse $P$ for a larger $d$ does not contain that for a
+# smaller one. These subspaces do not lie in one another.)
 
 # %%
 dial, factor = sparse_projection(D, d, seed=0)  # factor: ±1/√n, sign and scale in one
@@ -252,7 +334,7 @@ assert torch.allclose(moved.norm(), z.norm()) and torch.allclose(adjoint(moved, 
 assert torch.allclose(moved @ g, z @ adjoint(g, dial, factor, d))
 
 # %% [markdown]
-# Is it as good as a dense one? With the twenty questions, yes: the same gain at the same *d*, up to the luck of the draw.
+# Is it as good as a dense one? With the twenty questions, yes: the same gain at the same $d$, up to the luck of the draw.
 
 
 # %%
@@ -272,7 +354,20 @@ assert min(dense) > 1 - 1e-9 and min(sparse) > 1 - 1e-9
 
 # %% [markdown]
 # But there is a price, and it shows where a task asks for *single* weights. Two such weights on one dial can't both be
-# right. **Predict**: twenty of the 432 weights shall have given values, d = 20. What share of that does each P manage?
+# right.
+
+# %%
+explore.predict(
+    "Twenty of the 432 weights shall have given values, and d = 20. What share of that does each P manage?",
+    {
+        "both all of it": "Twenty numbers for twenty wishes: true of the dense P, whose columns mix all weights. On a sparse "
+        "one two of the twenty may hang on the same dial. Look at the first line.",
+        "dense all, sparse less": "Two weights on one dial can only move together, so they can't both be right. The table "
+        "shows how much that costs, and how it fades with more dials.",
+        "both little": "A random subspace of twenty dimensions seems small beside 432. But only twenty numbers are asked "
+        "for. Look at the dense column.",
+    },
+)
 
 # %%
 chosen = torch.randperm(rows * columns, generator=generator)[:20]
@@ -288,9 +383,10 @@ for d in (20, 60, 180):
     assert min(dense) > 1 - 1e-9 and sum(sparse) / 10 < 0.99
 
 # %% [markdown]
-# With a language model nobody can compare: the dense P does not fit. One thing can be looked at, how much of a real
-# gradient *g* each draw of P sees, since that is what a first step has to go by. Any P like these sees ‖Pᵀg‖² / ‖g‖² = d/D on
-# average; from draw to draw a dense one would scatter around it by a share of √(2/d).
+# With a language model nobody can compare: the dense $P$ does not fit. One thing can be looked at, how much of a real
+# gradient $g$ each draw of $P$ sees, since that is what a first step has to go by. Any $P$ like these sees
+# $\lVert P^\top g \rVert^2 / \lVert g \rVert^2 = d / D$ on average; from draw to draw a dense one would scatter around it by a
+# share of $\sqrt{2 / d}$.
 
 # %%
 torch.set_default_dtype(torch.float32)
@@ -311,18 +407,31 @@ print(f"standard deviation {share.std():.3f}; a dense P would have {math.sqrt(2 
 assert abs(share.mean() - 1) < 0.08 and share.std() < 0.08
 
 # %% [markdown]
-# It scatters no more than a dense P would. So no draw is a bad one to start from, and one seed will do for a first look.
+# It scatters no more than a dense $P$ would. So no draw is a bad one to start from, and one seed will do for a first look.
 #
 # ## 4 · The language model, live
 #
 # Base and text are those of the rest of the course: TinyLM, pre-trained on Python code, tuned on docstrings of numpy and
 # matplotlib. Twenty-five steps of 1 024 tokens, so this is a taste; the next section has whole runs. `subspace` changes
-# the model so that every weight, where it is read, is θ₀ + its part of P z. The optimiser gets z and nothing else.
+# the model so that every weight, where it is read, is $\theta_0$ plus its part of $P z$. The optimiser gets $z$ and nothing else.
 #
-# **What learning rate?** An entry of P is about √(d/D), so an Adam step of size η in z moves a weight by η √(d/D). If a weight
-# is to move as far as in full tuning, η has to be some 0.004 · √(D/d).
-#
-# **Predict** the order of these: full tuning, and 100, 10 000 and 1 000 000 dials. Is any of the three close to full tuning?
+# **What learning rate?** An entry of $P$ is about $\sqrt{d / D}$, so an Adam step of size $\eta$ in $z$ moves a weight by
+# $\eta \sqrt{d / D}$. If a weight is to move as far as in full tuning, $\eta$ has to be some $0.004 \sqrt{D / d}$. (Adam divides
+# each gradient by its usual size, so a step is about as long as the learning rate, whatever the gradient. AdamW is Adam
+# with weight decay kept apart; here the decay is zero.)
+
+# %%
+explore.predict(
+    "Of what full tuning gains in 25 steps, how much do 10 000 random dials gain?",
+    {
+        "next to nothing": "Each dial turns 273 weights at once, in random directions: how could that fit? It need not fit "
+        "each weight, only lower the loss. See what it reaches, and what 100 dials reach.",
+        "about a tenth": "Ten thousand of 2.7 million is 0.4 %. But the loss does not ask for every weight. Look at the "
+        "second line of the table.",
+        "more than half": "So few numbers, so much of the gain: that is the finding of Li et al. Keep in mind that 25 steps "
+        "are little for full tuning; section 5 has whole runs.",
+    },
+)
 
 # %% tags=["nbval-ignore-output"]
 held_out = reference.test.unfold(0, 256, 4096).flatten()  # a sixteenth of it, spread over all its documents
@@ -352,6 +461,14 @@ for d, share in gain.items():
     print(f"{f'{d or D:,}':>9} numbers trained: {share:4.0%} of what full tuning gained in these 25 steps")
 assert gain[100] < 0.25 and 0.5 < gain[10_000] < 0.9 < gain[1_000_000] + 0.05
 
+# %% tags=["nbval-ignore-output"]
+figure, axes = plots.subplots(1, 1, size=(6, 2))
+labels = [f"{d or D:,} numbers" for d in gain]
+plots.bars(axes, labels, list(gain.values()), plots.PALETTE[: len(gain)], [f"{g:.0%}" for g in gain.values()])
+axes.set(xlim=(0, 1.3), xlabel="share of full tuning's gain", title="25 steps: what so many numbers gain")
+assert gain[100] < gain[10_000]
+plots.show(figure, "Share of full tuning's gain in 25 steps, by how many numbers are trained.")
+
 # %% [markdown]
 # Ten thousand numbers, each turning 273 weights at random, do most of what 2.7 million did; a hundred do next to
 # nothing. (A million did a little better than all: twenty-five steps at one learning rate are no verdict; in whole
@@ -362,9 +479,9 @@ assert gain[100] < 0.25 and 0.5 < gain[10_000] < 0.9 < gain[1_000_000] + 0.05
 #
 # A whole run is 200 steps of 2 048 tokens and takes minutes, so these are recorded; `make data` makes them anew (each row in
 # data/sweeps.json has its seed, here 0). Every run has the same text, steps and schedule. Full tuning's learning rate was
-# chosen from six trials on validation text. In the subspaces it is c · √(D/d): c = 0.003 (a weight's step is then full tuning's
+# chosen from six trials on validation text. In the subspaces it is $c \sqrt{D / d}$: $c = 0.003$ (a weight's step is then full tuning's
 # best), 0.006 and 0.012 at the round dimensions, where 0.006 was best or as good, and 0.006 at those in between. (Chapter 03's
-# ΔW come from longer training, so its losses are lower.)
+# $\Delta W$ come from longer training, so its losses are lower.)
 #
 # What is 90 % *of*? The papers take **performance**, an accuracy that counts from zero. Ours is the share of held-out tokens
 # for which the right one is the model's likeliest guess. A fine-tuner may care more about the **gain**, which counts
@@ -389,8 +506,23 @@ print(", ".join(f"90 % of the {what}: {level:.1%}" for what, level in levels(*ac
 # The base, which has never seen a docstring of numpy, has 57 % of full tuning's *performance* already. From there to 90 % is
 # three quarters of the gain; 90 % of the *gain* is the stricter wish.
 #
-# **Predict** d₉₀ of each, of 2 728 000. (For RoBERTa on one task, Aghajanyan et al. report 200 for the first.) The
-# per cents in the table are of full tuning of all weights.
+# For RoBERTa on one task, Aghajanyan et al. report 200 for the first.
+
+# %%
+explore.predict(
+    "What is d₉₀ of the performance here, of 2 728 000 weights?",
+    {
+        "about 200": "The famous figure, of a model a hundred times as large, a yes-or-no task and another measure. Look at "
+        "the row of 1,000 in the table: is it near 90 %?",
+        "about 65 000": "A small share, one number for 42 weights, and no small number. The next cells find it by bisection, "
+        "and show how far the stricter wish, 90 % of the gain, lies above it.",
+        "most of them": "A language model gives an answer at every place of a text, so one may expect that it asks for much. "
+        "It does ask for more than 200. See how much.",
+    },
+)
+
+# %% [markdown]
+# The per cents in the table are of full tuning of all weights.
 
 # %%
 for name, runs in chosen.items():
@@ -410,9 +542,10 @@ explore.random_subspaces(
 )
 
 # %% [markdown]
-# Where do the curves cross the two levels? By bisection, as in section 1, but in log *d* and until the ends of the interval are
-# within a factor of 1.4: that is why the recorded dimensions crowd in some places. For the blocks alone, 90 % is meant of
-# what full tuning of the blocks alone reaches, their largest *d*.
+# Where do the curves cross the two levels? By bisection, as in section 1, but in $\log d$ and until the ends of the interval
+# are within a factor of 1.4 (one draw of $P$ for each $d$; the subspaces do not lie in one another, so a larger $d$ need not
+# do better, and with another draw the interval may move): that is why the recorded dimensions crowd in some places. For the blocks alone, 90 % is meant of
+# what full tuning of the blocks alone reaches, their largest $d$.
 
 # %%
 d_90s = {}
@@ -436,12 +569,12 @@ blocks = chosen["blocks alone"][727_800]["accuracy"]
 assert 0.75 < (blocks - accuracy["base"]) / (accuracy["full"] - accuracy["base"]) < 0.87
 
 # %% [markdown]
-# With all weights in the subspace, d₉₀ of the performance is some **65 000** (between 57 000 and 75 000), one number
-# for 42 weights, and d₉₀ of the
+# With all weights in the subspace, $d_{90}$ of the performance is some **65 000** (between 57 000 and 75 000), one number
+# for 42 weights, and $d_{90}$ of the
 # gain some **280 000**, a tenth of the model. A thousand numbers, each turning 2 728 weights, do next to nothing.
 # (In the 25 steps of section 4 ten thousand seemed to do most of the work: full tuning had only begun.) Take the two figures
 # with a margin: seeds of full tuning differ by up to 0.4 points of accuracy, and where the curve is as flat as here, that
-# moves d₉₀ by a third.
+# moves $d_{90}$ by a third.
 #
 # Why not 200? It is the figure of RoBERTa-Large (207 in their table 1), by a variant that spends some of its numbers
 # on a scale for each layer. The papers' measure is kind (a model that always says yes has a good part of the
@@ -457,15 +590,15 @@ assert 0.75 < (blocks - accuracy["base"]) / (accuracy["full"] - accuracy["base"]
 #
 # ## 6 · What does such an update look like?
 #
-# Section 2 said: an update from a random subspace has full rank, always. Here is that of section 4's run with d = 10
-# 000,
-# beside noise of the same shape and the ΔW of full tuning that chapter 03 is about.
+# Section 2 found that an update from a random subspace has full rank. Here is that of section 4's run with
+# $d = 10\,000$, beside noise of the same shape and the $\Delta W$ of section 4's full tuning: the same text, the same 25 steps.
 #
-# **Predict**: which of the two will its spectrum resemble?
+# Which of the two will its spectrum resemble?
 
 # %% tags=["nbval-ignore-output"]
 names = ["embedding.weight", "blocks.3.attention.query.weight", "blocks.3.mlp.up.weight", "head.weight"]
-found, of_full = tuned[10_000].subspace.deltas(), load_checkpoint("reference_seed_0")
+found = tuned[10_000].subspace.deltas()
+of_full = {name: W.detach() - base[name] for name, W in tuned[None].state_dict().items()}
 generator = torch.Generator().manual_seed(0)
 ninety = {}
 print(f"{'rank, and rank for 90 % of the energy':33}{'P z':>10}{'noise':>10}{'full tuning':>13}")
@@ -476,17 +609,17 @@ for name in names:
     texts = [f"{lowrank.numerical_rank(dW)}, {r}" for dW, r in zip(three, ninety[name])]
     print(f"{name:33}{texts[0]:>10}{texts[1]:>10}{texts[2]:>13}")
     assert lowrank.numerical_rank(found[name]) == 100 and abs(ninety[name][0] - ninety[name][1]) <= 4
+    assert ninety[name][2] < ninety[name][1] - 5
 
 # %% [markdown]
-# Noise. Full rank, and a flat spectrum. Full tuning's has structure (chapter 03 takes it apart); in this one's spectrum
-# there is none to be seen. It could not be otherwise: each matrix is a mixture of *d* random sign patterns. And yet it
-# lowered the loss, because each pattern was taken with the sign and size that help. **An update can be useful and look like
-# noise in its spectrum.**
+# Noise. Full rank, and a flat spectrum. Full tuning's needs fewer directions in every one of the four (chapter 03 takes such
+# spectra apart). And yet the update from the subspace lowered the loss. **An update can be useful and look like noise in its
+# spectrum.**
 #
-# So what does such an update keep when it is cut to rank *r*, as in chapter 01? Take its matrices (biases and norms moved
-# too, and are left out here), and keep the *r* strongest directions of each; for comparison, eight directions drawn at random.
+# So what does such an update keep when it is cut to rank $r$, as in chapter 01? Take its matrices (biases and norms moved
+# too, and are left out here), and keep the $r$ strongest directions of each; for comparison, eight directions drawn at random.
 #
-# **Predict** the share of their gain that is left at r = 8 of 100.
+# What share of their gain is left at $r = 8$ of 100?
 
 # %% tags=["nbval-ignore-output"]
 matrices = {name: dW for name, dW in found.items() if dW.dim() == 2}
@@ -522,7 +655,7 @@ assert -0.05 < chance < 0.2 < kept[8]
 # ## 7 · A fair rival
 #
 # "A random subspace needs so many dimensions, LoRA needs fewer numbers" is no fair comparison: LoRA chooses its subspace,
-# since it trains A. The fair rival is section 2's: **A frozen at random**, B trained (in the embedding, where the random
+# since it trains $A$. The fair rival is section 2's: $A$ **frozen at random**, $B$ trained (in the embedding, where the random
 # factor is on the other side, that one is frozen). This is a linear subspace like the others, drawn at random like the
 # others, but every update in it is of low rank. Which is better at the same number of trained numbers?
 
@@ -549,22 +682,25 @@ for name, row in rivals.items():
 assert -0.035 < beside["all weights"] < -0.01 and -0.015 < beside["blocks alone"] < 0.01
 
 # %% [markdown]
-# Both are shown at their best learning rate (frozen A had five). In the blocks alone it hardly matters **which** random
-# subspace is taken, one of full rank or one of rank 8. With embedding and head in it, the one of full rank is ahead, by two
-# points. So low rank as such is no advantage here. Does LoRA, which *chooses* A, do better than this? Chapter 07 trains it,
-# and puts its numbers beside these.
+# Frozen $A$ is shown at the best of five learning rates, the subspaces at the best of up to three; one seed and one draw of
+# $P$ each, 200 steps of TinyLM on docstrings. In the blocks alone it hardly matters **which** random subspace is taken, one
+# of full rank or one of rank 8. With embedding and head in it, the one of full rank is ahead, by two points. So low rank as
+# such is no advantage here. Does LoRA, which *chooses* $A$, do better than this? Chapter 07 trains it, and puts its numbers
+# beside these.
 #
 # ## What to remember
 #
-# - θ = θ₀ + P z: train *d* numbers, each of which moves all weights a little. Its gradient is Pᵀ times the full one.
-# - The intrinsic dimension of a task counts what the task asks. d₉₀ is the smallest *d* with 90 % of the performance; of
+# - $\theta = \theta_0 + P z$: train $d$ numbers, each of which moves all weights a little. Its gradient is $P^\top$ times the
+#   full one.
+# - The intrinsic dimension of a task counts what the task asks. $d_{90}$ is the smallest $d$ with 90 % of the performance; of
 #   the *gain* is stricter. Say which, and say what the measure is.
-# - P need not be stored: one ±1/√n a row has orthonormal columns and costs a look-up.
-# - Here d₉₀ is some 65 000 of 2.7 million weights for the performance, and some 280 000 for the gain: a small share, no
-#   small number. 200 was another task, another model and another measure.
-# - Tune the learning rate for each *d*; c · √(D/d) keeps the step of a weight the same.
-# - Low dimension and low rank are two things, and neither implies the other. A random-subspace update has full rank, and
-#   at as many numbers it did no worse here than one of rank 8 with A drawn at random.
+# - $P$ need not be stored: one $\pm 1 / \sqrt{n}$ a row has orthonormal columns and costs a look-up.
+# - Here (TinyLM, 200 steps on docstrings, one seed) $d_{90}$ is some 65 000 of 2.7 million weights for the performance, and some
+#   280 000 for the gain: a small share, no small number. 200 was another task, another model and another measure.
+# - Tune the learning rate for each $d$; $c \sqrt{D / d}$ keeps the step of a weight the same.
+# - Low dimension and low rank are two things, and neither implies the other: a task met on a random line may be met by no
+#   matrix below full rank. The update that a random subspace *finds* has full rank, and at as many numbers it did no worse
+#   here than one of rank 8 with $A$ drawn at random.
 #
 # ## Exercises
 
@@ -583,7 +719,7 @@ dimension = lowrank.numerical_rank(wanted_sums)
 print(exercises.check_02_1(dimension))
 
 # %% [markdown] tags=["exercise"]
-# **Exercise 2.** A matrix of 64 × 48 shall be equal to a given matrix of rank 2. What is d₉₀ (90 % of the squared error
+# **Exercise 2.** A matrix of 64 × 48 shall be equal to a given matrix of rank 2. What is $d_{90}$ (90 % of the squared error
 # gone, from zero) in a random subspace?
 
 # %% tags=["exercise"]
@@ -601,7 +737,7 @@ print(exercises.check_02_2(d_for_the_copy))
 # | --- | --- | --- | --- | --- | --- | --- |
 # | right | 24 % | 28 % | 33 % | 36.5 % | 38.3 % | 39 % |
 #
-# Which of these *d* is d₉₀ of the performance, and which is d₉₀ of the gain?
+# Which of these $d$ is $d_{90}$ of the performance, and which is $d_{90}$ of the gain?
 
 # %% tags=["exercise"]
 of_performance_and_of_gain = None
@@ -614,8 +750,8 @@ of_performance_and_of_gain = [min(d for d, right in table.items() if right >= le
 print(exercises.check_02_3(of_performance_and_of_gain))
 
 # %% [markdown] tags=["exercise"]
-# **Exercise 4.** Write Pᵀg for the P of section 3: `dial` (D,) says which of *d* dials each weight follows, `sign` (D,)
-# whether forwards (1) or backwards (−1), and the columns of P have length 1.
+# **Exercise 4.** Write $P^\top g$ for the $P$ of section 3: `dial`, of shape $(D,)$, says which of $d$ dials each weight
+# follows, `sign`, of the same shape, whether forwards (1) or backwards (−1), and the columns of $P$ have length 1.
 
 # %% tags=["exercise"]
 your_adjoint = None  # a function of (gradient, dial, sign, d), or of names of your own
@@ -634,7 +770,7 @@ print(exercises.check_02_4(your_adjoint))
 # ## Where to read on
 #
 # - Li, Farkhoor, Liu & Yosinski 2018, *Measuring the Intrinsic Dimension of Objective Landscapes* (arXiv 1804.08838): the
-#   method, the toy of section 1 (its section 2), d₉₀, and the three projections.
+#   method, the toy of section 1 (its section 2), $d_{90}$, and the three projections.
 # - Aghajanyan, Zettlemoyer & Gupta 2020, *Intrinsic Dimensionality Explains the Effectiveness of Language Model
 #   Fine-Tuning* (arXiv 2012.13255): 200 numbers tune RoBERTa to 90 % of full performance on MRPC, and larger models
 #   tend to need fewer (abstract).

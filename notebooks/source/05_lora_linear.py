@@ -7,19 +7,19 @@
 # %% [markdown]
 # # 05 · LoRA for a linear layer
 #
-# **Afterwards you can** write LoRA for a linear layer in a dozen lines; say what a step of *A* and *B* does
-# to ΔW, and what it cannot do; explain the two inits, alpha / *r* and the dropout; average two adapters
-# without ruining both; say what alpha is good for; merge, and unmerge exactly.
+# **Afterwards you can** write LoRA for a linear layer in a dozen lines; say what a step of $A$ and $B$ does to
+# $\Delta W$, and what it cannot do; explain the two inits, alpha / $r$ and the dropout; average two adapters without
+# ruining both; say what alpha is good for; merge, and unmerge exactly.
 #
-# **You should know** what a rank is (chapter 01), what a linear layer, a gradient and Adam are, and how to
-# read PyTorch. **Time:** 60 minutes to read, less than one to run.
+# **You should know** what a rank is (chapter 01), what a linear layer, a gradient and Adam are, and how to read
+# PyTorch. **Time:** 60 minutes to read, one to run.
 #
-# The layer we work on is a real one: *W_q* of the first block of the course's base model, 100 × 100. What
-# goes into it depends on the token alone, so we can have all there is: one input for each of the 10 000
-# tokens.
+# The layer we work on is a real one: $W_q$ of the first block of the course's base model, 100 × 100. What goes into it
+# depends on the token alone, so we can have all there is: one input for each of the 10 000 tokens.
 
 # %% tags=["setup"]
 import copy
+import itertools
 import math
 
 import torch
@@ -27,8 +27,9 @@ from matplotlib import cbook
 from matplotlib.image import imread
 from torch import nn
 
-from lora_edu import exercises, explore, plots
+from lora_edu import explore, plots
 from lora_edu.data import load_checkpoint, load_corpus
+from lora_edu.exercises import chapter_05 as exercises
 from lora_edu.lora import LoRALinear, add_lora, merge_lora, remove_lora, trainable_parameters, unmerge_lora
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
@@ -42,11 +43,12 @@ W = query.weight.detach().clone()
 # %% [markdown]
 # ## 1 · A dozen lines
 #
-# LoRA leaves *W* and the bias as they are, and adds a product of two thin matrices:
+# LoRA leaves $W$ and the bias $b$ as they are, and adds a product of two thin matrices:
 #
-# > **h = W x + b + s · B A x**, *A*: (*r*, in), *B*: (out, *r*), *s* = alpha / *r*.
+# $$h = W x + b + s\, B A\, x, \qquad s = \alpha / r$$
 #
-# *A* starts random and *B* at zero. Here it is, dropout included.
+# $A$ is ($r$, in) and $B$ is (out, $r$). $A$ starts random and $B$ at zero. $\alpha$ is a number that you choose, `alpha`
+# in code. Here it is, dropout included.
 
 
 # %%
@@ -66,9 +68,15 @@ class LoRA(nn.Module):
         return self.layer(x) + self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
 
 
-# %% [markdown]
-# **Predict before you run.** By how much does a fresh LoRA layer change what the layer computes? And how many
-# numbers of it can be trained?
+# %%
+explore.predict(
+    "By how much does a fresh LoRA layer change what the layer computes?",
+    {
+        "not at all": "Yes. B is zero, and so is BA, whatever A is. Training starts from the model as it is.",
+        "a little, at random": "A is random, that is true. But what A makes of x goes through B, and B starts at zero.",
+        "it depends on alpha": "alpha is a factor on BA. A factor on zero is zero; look at the largest change below.",
+    },
+)
 
 # %%
 torch.manual_seed(0)
@@ -80,15 +88,16 @@ print(f"numbers to train: {trained} of {W.numel()} in W, and s = {lora.scaling:g
 assert change == 0 and trained == 8 * (100 + 100) == 1600
 
 # %% [markdown]
-# **Why.** *B* = 0, so *BA* = 0: training starts from the model as it is, not from a damaged one. The two
-# products go from right to left: first *r* numbers *Ax*, then *B* times those. That takes *r*(in + out)
-# multiplications a token; putting *BA* together first would take out · in, and a matrix of *W*'s size.
+# **Why.** $B = 0$, so $B A = 0$: training starts from the model as it is, not from a damaged one. The two products go
+# from right to left: first $r$ numbers $A x$, then $B$ times those. That takes $r\,(\text{in} + \text{out})$
+# multiplications a token. With $B A$ put together first, it would be $\text{in} \cdot \text{out}$, and a second matrix
+# of $W$'s size.
 #
 # ## 2 · Everybody's numbers
 #
-# Does the package compute the same? And loralib, the authors' own code, and PEFT, which most people use? All
-# four get the same *W*, *A* and *B* (with a *B* that is not zero), in double precision. We compare what comes
-# out *and* the gradients of *A*, of *B* and of the input.
+# Does the package compute the same? And loralib, the authors' own code, and PEFT, which most people use? All four get
+# the same $W$, $A$ and $B$ (with a $B$ that is not zero), in double precision. We compare what comes out *and* the
+# gradients of $A$, of $B$ and of the input.
 
 # %%
 import loralib
@@ -139,17 +148,29 @@ print("outputs and gradients of all four agree to", "12 digits" if worst < 1e-12
 assert worst < 1e-12
 
 # %% [markdown]
-# To the last digits, at four pairs of *r* and alpha. There is no more to the method than the dozen lines;
+# They agree to twelve digits, at four pairs of $r$ and $\alpha$. There is no more to the method than the dozen lines;
 # what packages add is everything around it.
 #
 # ## 3 · Two inits and a dropout
 #
-# **What does *A* start as?** The paper says Gaussian (§4.1), and not of which width. loralib and PEFT draw
-# uniformly, as PyTorch does for any linear layer ('Kaiming-uniform'). PEFT can also do a Gaussian, of
-# standard deviation 1 / *r*.
-#
-# **Predict before you run.** Same rank, same alpha: does it matter which? We measure *r* · variance, the mean
-# squared length of a column of *A*; section 4 will show that this is what a step is proportional to.
+# **What does $A$ start as?** The paper says Gaussian (§4.1), and not of which width. loralib and PEFT draw uniformly,
+# as PyTorch does for any linear layer ('Kaiming-uniform'). PEFT can also draw a Gaussian, of standard deviation $1/r$.
+
+# %%
+explore.predict(
+    "PEFT's two inits at r = 8, same alpha: how much larger is the first step of SGD with the Gaussian one?",
+    {
+        "the same": "The name sounds like a matter of taste. But the two have different variances: the uniform one "
+        "looks at the width, the Gaussian one at r.",
+        "about 2 times": "That is the ratio of the standard deviations. A is in SGD's first step twice, once in the "
+        "gradient of B and once in BA, so it is the variance that counts.",
+        "about 5 times": "Yes, 4.7 times at width 100 and r = 8. Another width or rank makes it another factor.",
+    },
+)
+
+# %% [markdown]
+# We measure $r$ times the variance, which is the mean squared length of a column of $A$. Section 4 will show that the
+# first step of plain gradient descent (SGD) is proportional to it.
 
 # %%
 torch.manual_seed(0)
@@ -160,21 +181,22 @@ for name, how in {"Kaiming-uniform": True, "Gaussian": "gaussian"}.items():
     A = torch.stack([factors(model.base_model.model[0])[0] for model in models]).detach()
     strength[name] = 8 * A.var().item()
     print(f"{name:16} largest entry {A.abs().max():.2f}, r · variance {strength[name]:.3f}")
-assert f"{(1 / 8) / (8 / 300):.1f}" == "4.7"
 print(f"by formula: uniform r / (3 · in) = {8 / 300:.3f}, Gaussian r / r² = {1 / 8:.3f}")
 assert abs(strength["Kaiming-uniform"] * 300 / 8 - 1) < 0.02 and abs(strength["Gaussian"] * 8 - 1) < 0.03
+assert 4.5 < strength["Gaussian"] / strength["Kaiming-uniform"] < 4.9
 
 # %% [markdown]
-# **Why it matters.** Uniform from −1/√in to 1/√in has the variance 1 / (3 in). So the Gaussian is 4.7 times
-# as strong here, and at another width or rank it is another factor: its variance depends on *r* only, that of
-# the uniform one on the width only. The shape of the distribution hardly matters, its variance does. Two runs
-# that both 'use LoRA with *r* = 8, alpha = 16' may differ by that factor in their first step.
+# **Why it matters.** A uniform number from $-1/\sqrt{\text{in}}$ to $1/\sqrt{\text{in}}$ has the variance
+# $1/(3\,\text{in})$. So the Gaussian is 4.7 times as strong here, and at another width or rank it is another factor: its
+# variance depends on $r$ only, that of the uniform one on the width only. Two runs that both 'use LoRA with $r = 8$,
+# alpha = 16' may differ by that factor in their first SGD step. (Under Adam by its root, 2.2: there $B$'s step does not
+# depend on the size of $A$. Section 4 also compares the two *shapes* at one variance.)
 #
-# **Why is *B* the zero one, and not both?** If both were zero, neither would ever move; section 4 shows why.
-# If neither were, the model would start out damaged. *A* = 0 and a random *B* would start as well; chapter 06
-# does that, for embeddings.
+# **Why is $B$ the zero one, and not both?** If both were zero, neither would ever move; section 4 shows why. If neither
+# were, the model would start out damaged. $A = 0$ and a random $B$ would work as well; chapter 06 does that, for
+# embeddings.
 #
-# **What does the dropout hide?** Entries of *x*, from the update only: *W x* sees all of it.
+# **What does the dropout hide?** Entries of $x$, from the update only: $W x$ sees all of it.
 
 # %% tags=["nbval-ignore-output"]
 torch.manual_seed(0)
@@ -186,23 +208,23 @@ with torch.no_grad():
     mean = sum(noisy(x) for _ in range(2000)) / 2000
     quiet = noisy.eval()(x)
 off = float((mean - quiet).norm() / (quiet - query(x)).norm())
-print(f"mean of 2000 passes against the layer in eval(): {off:.1%} of the update apart")
+print(f"mean of 2000 passes against eval(): {off:.1%} of the update apart")
 assert off < 0.05
 
 # %% [markdown]
-# In training a fresh mask falls at each pass; on average it changes nothing, because what remains is scaled
-# up (here by 2). So dropout is no part of ΔW: a merged layer has none.
+# In training a new mask falls at each pass. On average over masks it does not change the output of this layer, because
+# what remains is scaled up (here by 2). So dropout is no part of $\Delta W$: a merged layer has none.
 
 # %% [markdown]
 # ## 4 · What does a step do to ΔW?
 #
-# 'The exact mathematics is unclear, but anyway backpropagation updates the parameters approximately': so says
-# the study note that this series grew out of. The mathematics is three lines, and nothing in it is
-# approximate.
+# 'The exact mathematics is unclear, but anyway backpropagation updates the parameters approximately': so says the study
+# note that this series grew out of. The mathematics is three lines, and nothing in it is approximate.
 #
-# We need a task that can be taken apart. Here is one: full tuning changed this layer's *W* by some *D*
-# (chapter 03; it ships with the course). **Let LoRA imitate it**: the loss is how far *s BA* is from doing
-# the same to all 10 000 inputs, as a share of what it is at ΔW = 0.
+# We need a task that can be taken apart. Here is one: full tuning changed this layer's $W$ by some $D$ (chapter 03; it
+# ships with the course). **Let LoRA imitate it**: the loss is how far $s B A$ is from doing the same to all 10 000 inputs,
+# as a share of what it is at $\Delta W = 0$. Everything in sections 4 to 7 is true of this one layer and this task; where
+# a result is a theorem, we say so.
 
 # %% tags=["setup"]
 D = load_checkpoint("reference_seed_0")["blocks.0.attention.query.weight"].double()
@@ -223,9 +245,17 @@ G = update.grad  # the gradient of the loss by W itself: what full tuning would 
 outputs = (inputs @ (torch.zeros_like(D) - D).T).square().sum() / (inputs @ D.T).square().sum()
 assert abs(loss_of(torch.zeros_like(D)) - outputs) < 1e-12 and loss_of(D) == 0
 
-# %% [markdown]
-# **Predict before you run.** A fresh layer, *B* = 0. One backward pass. Which gradient is zero: that of *A*,
-# that of *B*, both, neither?
+# %%
+explore.predict(
+    "A fresh layer, B = 0, and one backward pass. Which gradient is zero?",
+    {
+        "that of A": "Yes. A's gradient has to pass through B, and B is zero.",
+        "that of B": "B itself is zero, but its gradient need not be: it passes through A, and A is random. Look at both "
+        "below.",
+        "both": "Then LoRA would never start to move. It does move, so one of them cannot be zero.",
+        "neither": "One of the two gradients has a factor of zero in it. Which one passes through B?",
+    },
+)
 
 # %%
 torch.manual_seed(0)
@@ -239,18 +269,17 @@ print(f"gradient of B: s G Aᵀ?   {torch.allclose(B.grad, s * G @ A.T)}")
 assert not A.grad.any() and torch.allclose(B.grad, s * G @ A.T) and B.grad.any()
 
 # %% [markdown]
-# **Why.** *W* would get the gradient *G*. The chain rule through ΔW = *s BA* gives
+# **Why.** $W$ would get the gradient $G$. The chain rule through $\Delta W = s B A$ gives
 #
-# > **∂L/∂B = s G Aᵀ**, **∂L/∂A = s Bᵀ G**.
+# $$\frac{\partial L}{\partial B} = s\, G A^\top, \qquad \frac{\partial L}{\partial A} = s\, B^\top G$$
 #
-# The factor that stands beside is what the gradient passes through. *B* = 0 blocks *A*'s; *A* ≠ 0 lets *B*'s
-# pass. *B* moves first, and from the second step on *A* moves too. With both at zero, both would be blocked
-# for good.
+# The gradient of one factor passes through the other one. $B = 0$ stops $A$'s; $A \ne 0$ lets $B$'s pass. $B$ moves
+# first, and from the second step on $A$ moves too. With both at zero, both would be stopped for good.
 #
-# Now take one step of plain gradient descent (SGD, learning rate η). *A* stays, *B* becomes −η *s G Aᵀ*, and
-# so
+# Now take one step of plain gradient descent (SGD, learning rate $\eta$). $A$ stays, $B$ becomes $-\eta s\, G A^\top$,
+# and so
 #
-# > **ΔW = s BA = −η s² G AᵀA**.
+# $$\Delta W = s B A = -\eta s^2\, G A^\top A$$
 
 # %%
 eta = 0.01
@@ -262,13 +291,15 @@ assert torch.allclose(first, -eta * s**2 * G @ A.T @ A)
 assert torch.linalg.matrix_rank(first) == 8
 
 # %% [markdown]
-# Full tuning would step by −η *G*. **LoRA steps by the same gradient, seen through *A*.** Were the rows of
-# *A* at right angles and of length 1, *AᵀA* would be the projection onto them: each row of *G* (one for each
-# output) would be replaced by its shadow on those *r* directions. Random rows are nearly that, up to a common
-# factor. What lies at right angles to all of them is gone. This is the precise meaning of 'it is
-# backpropagation anyway': the gradient is exact, but the direction is not free.
+# Full tuning would step by $-\eta G$. **LoRA steps by the same gradient, seen through $A$.** If the rows of $A$ were at
+# right angles and of length 1, $A^\top A$ would be the projection onto them: each row of $G$ (one for each output)
+# would be replaced by its shadow on those $r$ directions. Eight random rows are nearly that, up to a common factor. What
+# lies at right angles to all of them is lost. So 'it is backpropagation anyway' has a precise meaning: the gradient is
+# exact, but the direction is not free.
 #
-# And later, when neither is zero? Multiply out one step of both; nothing is left off:
+# And later, when neither is zero? Multiply out one step of both; nothing is left out:
+#
+# $$-\eta s^2 \left( G A^\top A + B B^\top G \right) + \eta^2 s^3\, G A^\top B^\top G$$
 
 # %%
 torch.manual_seed(1)
@@ -288,14 +319,24 @@ with torch.no_grad():
 assert torch.allclose(step, both - eta * s**2 * (through_A + through_B))
 
 # %% [markdown]
-# So a step has two parts, the gradient seen through *A* from the side of the inputs, and through *B* from the
-# side of the outputs, and a rest of second order in η. As *A* itself moves, by multiples of *Bᵀ G*, it turns
-# towards the directions that matter. It is not stuck with those it was born with.
+# So a step has two parts, the gradient seen through $A$ from the side of the inputs, and through $B$ from the side of the
+# outputs, and a rest of second order in $\eta$. $A$ itself moves, by multiples of $B^\top G$. Whether it turns towards the
+# directions that matter, we measure further down.
 #
-# ### What does *AᵀA* look like?
+# ### What does AᵀA look like?
 #
-# It is a 100 × 100 matrix of rank *r*. **Predict before you run.** How much of *G* is left: what is the
-# cosine between *G* and *G AᵀA* at *r* = 8? And if you average *AᵀA* over many draws of *A*, what do you get?
+# It is a 100 × 100 matrix of rank $r$.
+
+# %%
+explore.predict(
+    "How much of G is left in G AᵀA at r = 8? What is the cosine between the two?",
+    {
+        "about 0.08": "8 directions of 100 hold 8 % of the length squared. A cosine goes with the length, so take the root.",
+        "about 0.27": "Yes, about √(8 / 109). The step makes an angle of 74° with the gradient, and goes downhill still.",
+        "about 0.9": "That would be nearly the gradient itself. But 92 of 100 directions are at right angles to all rows "
+        "of A, and what G has there is lost.",
+    },
+)
 
 
 # %%
@@ -320,16 +361,18 @@ print(f"away from that by at most {away.abs().max():.4f}")
 assert abs(mean.diagonal().mean() * 300 / 8 - 1) < 0.01 and away.abs().max() < 0.002
 
 # %% [markdown]
-# **Why.** The shorter the shadow, the larger the angle: its cosine is about √(*r* / (*r* + in + 1)). In expectation
-# *AᵀA*
-# is *r* · variance · **identity**: no direction is preferred. So *on average over draws* LoRA's first step is
-# SGD's, with the learning rate η *s*² *r* / (3 in). But one draw sees *r* directions of 100, and its step is
-# nearly at right angles to the gradient (cosine 0.27 at *r* = 8). It still goes downhill if η is small: *G*
-# and *G AᵀA* have the product ‖*G Aᵀ*‖², which is never negative. LoRA has one draw. It lives on the fact
-# that a few directions suffice, and that *A* turns.
+# **Why.** The shorter the shadow, the larger the angle. The cosine is about $\sqrt{r / (r + \text{in} + 1)}$. In
+# expectation
 #
-# A gradient is a matrix like any other, so here is one in which you can see what is lost: the photograph of
-# chapter 01. Raise *r*, or the number of draws that are averaged. Only their product counts.
+# $$\mathbb{E}\left[ A^\top A \right] = r \cdot \text{variance} \cdot I$$
+#
+# with the identity $I$: no direction is preferred. So *on average over draws* LoRA's first step is SGD's, with the
+# learning rate $\eta s^2 r / (3\,\text{in})$. But one draw sees $r$ directions of 100, and at $r = 8$ its step makes an
+# angle of 74° with the gradient. It still goes downhill if $\eta$ is small: the inner product of $G$ and $G A^\top A$ is
+# $\lVert G A^\top \rVert_F^2$, which is never negative.
+#
+# A gradient is a matrix like any other, so here is one in which you can see what is lost: the photograph of chapter 01.
+# Raise $r$, or the number of draws that are averaged. Only their product counts.
 
 # %%
 photograph = torch.from_numpy(imread(cbook.get_sample_data("grace_hopper.jpg")).mean(axis=-1) / 255)
@@ -338,22 +381,23 @@ explore.seen_through((photograph - photograph.mean())[::4, ::4])
 # %% [markdown]
 # ### The two gradients along a run
 #
-# A whole run needs a loop. This one is Adam with weight decay 0, in double precision, and its ε so small that
-# it does nothing. `rate` and `start` are factors on the learning rate and on *A*₀; section 6 needs them.
+# A whole run needs a loop. This one is Adam with weight decay 0, in double precision, and its ε so small that it does
+# nothing. `rate` and `start` are factors on the learning rate and on $A_0$, the $A$ that a run starts with; `rate_A` and
+# `rate_B` are factors on the learning rate of one of the two.
 
 
 # %% tags=["setup"]
 RATES = {"adam": 0.004, "sgd": 0.01}
 
 
-def train(r=8, alpha=16, rate=1.0, start=1.0, seed=0, steps=50, rate_B=1.0, optimiser="adam"):
+def train(r=8, alpha=16, rate=1.0, start=1.0, seed=0, steps=50, rate_A=1.0, rate_B=1.0, optimiser="adam"):
     """Imitate D; returns losses, norms of both gradients at each step, and the factors (B, A)."""
     generator = torch.Generator().manual_seed(seed)
     A = (2 * torch.rand(r, 100, generator=generator, dtype=torch.float64) - 1) / 10 * start
     B = torch.zeros(100, r, dtype=torch.float64)
     lr = rate * RATES[optimiser]
     groups = [
-        {"params": [A.requires_grad_(True)], "lr": lr},
+        {"params": [A.requires_grad_(True)], "lr": lr * rate_A},
         {"params": [B.requires_grad_(True)], "lr": lr * rate_B},
     ]
     adam = optimiser == "adam"
@@ -369,9 +413,18 @@ def train(r=8, alpha=16, rate=1.0, start=1.0, seed=0, steps=50, rate_B=1.0, opti
     return losses, of_A, of_B, (B.detach(), A.detach())
 
 
-# %% [markdown]
-# **Predict before you move anything.** At the first step, what does doubling alpha do to *B*'s gradient? What
-# does doubling *r* do? (It is *s G Aᵀ*, with *s* = alpha / *r*, and *A* has *r* rows.)
+# %%
+explore.predict(
+    "At the first step, what does doubling r do to the gradient of B, at the same alpha? (It is s G Aᵀ, with "
+    "s = alpha / r, and A has r rows.)",
+    {
+        "it doubles": "There are twice as many rows, and each brings its part. But s = alpha / r is halved.",
+        "it stays": "s is halved and there are twice as many rows. But their squares add up, not their lengths: twice "
+        "as many rows make the norm √2 times as large.",
+        "it shrinks by √2": "Yes: s is halved, and twice as many rows bring √2 times the norm.",
+        "it is halved": "s is halved, that is true. But A has twice as many rows, and they bring √2 times the norm.",
+    },
+)
 
 
 # %%
@@ -396,72 +449,211 @@ assert abs(first_gradient(8, 32) / usual - 2) < 1e-9
 assert abs(first_gradient(16, 16) / usual * math.sqrt(2) - 1) < 0.08
 
 # %% [markdown]
-# **What came out.** *A*'s gradient always starts at 0 and rises as *B* grows. *B*'s is proportional to alpha,
-# and to 1/√*r*: *s* is halved, and twice as many rows bring √2 times the norm. So at one alpha, a larger *r*
-# has smaller gradients, which SGD feels and Adam does not.
+# **What came out.** $A$'s gradient always starts at 0. It rises while $B$ grows, and falls again with the loss. $B$'s
+# is proportional to $\alpha$, and to $1/\sqrt{r}$. So at one $\alpha$, a larger $r$ has smaller gradients. SGD's steps of $B$
+# shrink with them; Adam's do not, since Adam divides by the gradient's size.
 #
-# ## 5 · *B* and *A* are not the update
+# ### Does A turn?
 #
-# ΔW = *s BA*. For any invertible *r* × *r* matrix *M*, the pair (*BM*, *M*⁻¹*A*) has the same product: the
-# same update, hence the same model. Physicists call such a freedom a **gauge**. It costs *r*² of the numbers
-# (chapter 01), and it makes a trap.
-#
-# **Predict before you run.** Somebody gives you the same adapter twice, the second time with all signs of *A*
-# and of *B* flipped. What is the mean of the two, factor by factor?
+# The first step sees eight random directions. Is LoRA stuck with them? Of all matrices of rank 8, one imitates $D$ best on
+# these inputs (Eckart and Young, chapter 01; the inputs weigh the directions). It reads eight directions of the input. We
+# ask at each step how much of these eight the rows of $A$ cover, and what happens if $A$ is not trained.
+
+# %% tags=["nbval-ignore-output"]
+values, directions = torch.linalg.eigh(C)
+U = torch.linalg.svd(D @ directions * values.clamp(min=0).sqrt()).U[:, :8]
+best_of_rank_8 = U @ U.T @ D
+aim = torch.linalg.qr(best_of_rank_8.T @ U).Q  # the eight directions of the input that it reads
+
+
+def covered(A):
+    """How much of those directions the rows of A cover, from 0 to 1."""
+    return float((torch.linalg.qr(A.T).Q.T @ aim).square().sum() / 8)
+
+
+STEPS = [0, 5, 10, 20, 35, 50, 100, 200]
+seeds = range(3)
+turned = [[covered(train(seed=seed, steps=steps)[3][1]) for steps in STEPS] for seed in seeds]
+free = [train(seed=seed, steps=201)[0] for seed in seeds]
+frozen = [train(seed=seed, steps=201, rate_A=0.0)[0] for seed in seeds]
+floor = float(loss_of(best_of_rank_8))
+print(f"loss after 200 steps; the best matrix of rank 8 has {floor:.2f}")
+for name, runs in {"A trained": free, "A frozen": frozen}.items():
+    print(f"  {name}:", ", ".join(f"{run[-1]:.2f}" for run in runs))
+print("best directions that A covers:", ", ".join(f"{each[0]:.2f} → {each[-1]:.2f}" for each in turned))
+assert max(each[0] for each in turned) < 0.15 and min(each[-1] for each in turned) > 0.95
+assert min(run[-1] for run in frozen) > 0.75 and max(run[-1] for run in free) < floor + 0.01
 
 # %%
-losses, _, _, (B, A) = train(steps=200)
-B_mean, A_mean = (B + -B) / 2, (A + -A) / 2
-print("flipped: same update?", torch.equal(B @ A, -B @ -A))
-print("norm of the update made of the mean factors:", float((B_mean @ A_mean).norm()))
-assert torch.equal(B @ A, -B @ -A) and not (B_mean @ A_mean).any()
-
-M = torch.eye(8, dtype=torch.float64) + torch.ones(8, 8, dtype=torch.float64)
-assert torch.allclose((B @ M) @ (torch.linalg.inv(M) @ A), B @ A)
+figure, (left, right) = plots.subplots(1, 2, size=(7.2, 2.8))
+runs = {"A frozen": torch.tensor(frozen).T, "A trained": torch.tensor(free).T}
+plots.curves(left, {name: (range(201), each) for name, each in runs.items()}, xlabel="step", ylim=(0, 1.05))
+left.set(ylabel="loss, share of the first")
+plots.mark_level(left, floor, "the best of rank 8", 0.98)
+plots.curves(right, {"A": (STEPS, torch.tensor(turned).T)}, xlabel="step", ylim=(0, 1.05))
+plots.mark_level(right, 0.08, "eight random directions", 0.98)
+with plots.style():
+    left.set_title("three draws of A")
+    right.set_title("best directions that A covers")
+plots.show(figure, "With A frozen the loss stays above 0.75; trained, A turns to the eight best directions.")
 
 # %% [markdown]
-# Nothing. Two perfect copies of one adapter, and the mean of their factors is the zero adapter. Real adapters
-# differ by a gauge that nobody chose: the seed did. Two runs from different seeds, the same task:
+# **What came out.** $A$ begins with 7 to 10 % of the right directions, as chance would have it, and has 98 % of them after
+# 200 steps. With $A$ frozen the loss stays near 0.8; with $A$ trained it comes within 0.01 of the best that *any* matrix of
+# rank 8 can do. (One layer, Adam, three draws. Chapter 02 freezes $A$ in a whole model.) So the first step is bound to
+# eight random directions, and the run is not.
+#
+# Now that we have a run, we can also ask what the *shape* of the first draw does, at one variance:
+
+
+# %% tags=["nbval-ignore-output"]
+def normal_start(seed, variance):
+    """The loss after 50 steps from a Gaussian A₀ of this variance."""
+    generator = torch.Generator().manual_seed(seed)
+    A = (torch.randn(8, 100, generator=generator, dtype=torch.float64) * variance**0.5).requires_grad_(True)
+    B = torch.zeros(100, 8, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([A, B], lr=RATES["adam"], eps=1e-300)
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = loss_of(2 * B @ A)
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+shapes = {
+    "uniform, variance 1 / 300": [train(seed=seed)[0][-1] for seed in range(5)],
+    "Gaussian, variance 1 / 300": [normal_start(seed, 1 / 300) for seed in range(5)],
+    "Gaussian, variance 1 / 64": [normal_start(seed, 1 / 64) for seed in range(5)],
+}
+for name, ends in shapes.items():
+    print(f"{name:27} loss after 50 steps {min(ends):.3f} to {max(ends):.3f}")
+means = [sum(ends) / 5 for ends in shapes.values()]
+assert abs(means[0] - means[1]) < 0.015 < means[2] - means[0]
+
+# %% [markdown]
+# At one variance uniform and Gaussian end alike; the wider Gaussian is behind here after 50 steps at this learning rate.
+# (At another learning rate it need not be: section 6.)
+#
+# ## 5 · B and A are not the update
+#
+# The update is $\Delta W = s B A$. For any invertible $r \times r$ matrix $M$, the pair $(B M, M^{-1} A)$ has the same
+# product: the same update, hence the same model. Physicists call such a freedom a **gauge**. It costs $r^2$ of the
+# numbers (chapter 01), and it makes a trap.
 
 # %%
-runs = [train(seed=seed, steps=200) for seed in (0, 1)]
-(B1, A1), (B2, A2) = (run[3] for run in runs)
-s = 16 / 8
-with_factors = s * (B1 + B2) / 2 @ (A1 + A2) / 2
-with_updates = s * (B1 @ A1 + B2 @ A2) / 2
-losses = {f"seed {seed}": loss_of(s * run[3][0] @ run[3][1]) for seed, run in enumerate(runs)}
-losses |= {"factors averaged": loss_of(with_factors), "updates averaged": loss_of(with_updates)}
-for name, value in losses.items():
-    print(f"{name:17} loss {value:.2f}")
-lost = (losses["factors averaged"] - losses["seed 0"]) / (1 - losses["seed 0"])
-assert 0.15 < lost < 0.35  # share of the gain
+explore.predict(
+    "Somebody gives you the same adapter twice, the second time with all signs of A and of B flipped. You average the "
+    "two, factor by factor. What do you get?",
+    {
+        "the same adapter": "The two updates are the same, so their mean is, too. But you averaged the factors: B and "
+        "−B, A and −A.",
+        "an adapter half as strong": "Add B and −B, and halve the sum.",
+        "the zero adapter": "Yes: B and −B average to nothing. And flipping signs is only one of very many M.",
+    },
+)
+
+# %% tags=["nbval-ignore-output"]
+_, _, _, (B, A) = train(steps=200)
+eye = torch.eye(8, dtype=torch.float64)
+turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+gauges = {
+    "nothing": eye,
+    "all signs flipped": -eye,
+    "directions reordered": eye.roll(1, 0),
+    "a rotation": turn,
+}
+alone = float(loss_of(2 * B @ A))
+for name, M in gauges.items():
+    twin_B, twin_A = B @ M, torch.linalg.inv(M) @ A
+    mean = float(loss_of(2 * (B + twin_B) / 2 @ (A + twin_A) / 2))
+    print(f"{name:21} twin: loss {loss_of(2 * twin_B @ twin_A):.2f}   mean of the factors: loss {mean:.2f}")
+    assert torch.allclose(twin_B @ twin_A, B @ A)
+    assert name == "nothing" or mean > alone + 0.15
+
+# %% [markdown]
+# Each twin is a perfect copy, and the mean of the factors is worse than either; with flipped signs it is the zero adapter,
+# whose loss is 1. Real adapters differ by a gauge that nobody chose: the seed did. Six runs from six seeds, the same task,
+# all fifteen pairs:
+
+# %% tags=["nbval-ignore-output"]
 cosine = lambda one, other: float((one * other).sum() / (one.norm() * other.norm()))
-print(f"cosine of the two updates {cosine(B1 @ A1, B2 @ A2):.2f}, of the two Bs {cosine(B1, B2):.1f}")
-assert cosine(B1 @ A1, B2 @ A2) > 0.8 and 0.2 < cosine(B1, B2) < 0.4
-assert (
-    losses["updates averaged"] <= (losses["seed 0"] + losses["seed 1"]) / 2 < losses["factors averaged"] - 0.1
+runs = [train(seed=seed, steps=200)[3] for seed in range(6)]
+single = [float(loss_of(2 * B @ A)) for B, A in runs]
+pairs = []
+for (B1, A1), (B2, A2) in itertools.combinations(runs, 2):
+    pairs.append(
+        {
+            "updates": cosine(B1 @ A1, B2 @ A2),
+            "Bs": cosine(B1, B2),
+            "factors averaged": float(loss_of(2 * (B1 + B2) / 2 @ (A1 + A2) / 2)),
+            "updates averaged": float(loss_of(2 * (B1 @ A1 + B2 @ A2) / 2)),
+        }
+    )
+span = lambda key: f"{min(pair[key] for pair in pairs):.2f} to {max(pair[key] for pair in pairs):.2f}"
+print(f"loss of one run             {min(single):.2f} to {max(single):.2f}")
+for key in ("updates averaged", "factors averaged"):
+    print(f"loss with {key}  {span(key)}")
+for key in ("updates", "Bs"):
+    print(f"cosine of the two {key:10}{span(key)}")
+assert min(pair["updates"] for pair in pairs) > 0.9 and max(abs(pair["Bs"]) for pair in pairs) < 0.5
+assert min(pair["factors averaged"] for pair in pairs) > max(single) + 0.1
+assert max(pair["updates averaged"] for pair in pairs) < max(single) + 0.01
+together = torch.tensor([[pair["Bs"], pair["factors averaged"]] for pair in pairs]).T
+assert torch.corrcoef(together)[0, 1] < -0.7  # the less alike the Bs, the more is lost
+
+# %%
+figure, axes = plots.subplots(size=(7.2, 2.8))
+with plots.style():
+    for key, colour in (("factors averaged", plots.VERMILION), ("updates averaged", plots.BLUE)):
+        axes.plot([each["Bs"] for each in pairs], [each[key] for each in pairs], "o", color=colour, label=key)
+    axes.set(xlabel="cosine of the two Bs", ylabel="loss, share of the first", ylim=(0, 1), xlim=(-0.5, 0.5))
+    axes.legend(loc="upper right")
+    axes.set_title("The mean of two adapters, fifteen pairs of seeds")
+plots.mark_level(axes, max(single), "the worst single run", 0.98)
+plots.show(
+    figure, "Averaged updates are as good as one run; averaged factors are worse in all fifteen pairs."
 )
 
 # %% [markdown]
-# **What came out.** The two runs found nearly the same *update*; their *factors* have little in common. The
-# mean of the updates is as good as either. The mean of the factors has lost a quarter of the gain.
+# **What came out.** All runs found nearly the same *update*; their *factors* have little in common. The mean of two
+# updates is as good as one run. (This loss is quadratic in $\Delta W$, so the mean can never be worse than the mean of the
+# two losses. A whole model promises no such thing.) The mean of the factors loses between a quarter and two thirds of the
+# gain, and the less alike the two $B$s, the more.
 #
-# **Why.** ¼(*B*₁ + *B*₂)(*A*₁ + *A*₂) = ¼(*B*₁*A*₁ + *B*₂*A*₂) + ¼(*B*₁*A*₂ + *B*₂*A*₁). The first part is
-# half of what was wanted. The second pairs a *B* with an *A* that it never met. **Average updates, not
-# factors.** The mean of two updates has rank up to 2*r*, and can be written as an adapter of that rank: *B*₁
-# beside *B*₂, *A*₁ above *A*₂, with a half (exercise 3). The same holds for whatever else is done to factors
-# one by one: comparing them, subtracting them, federated averaging.
+# **Why.**
+#
+# $$\tfrac14 (B_1 + B_2)(A_1 + A_2) = \tfrac14 (B_1 A_1 + B_2 A_2) + \tfrac14 (B_1 A_2 + B_2 A_1)$$
+#
+# The first part is half of what was wanted. The second pairs a $B$ with an $A$ that it never met. **Average updates, not
+# factors.** The mean of two updates has rank up to $2r$, and can be written as an adapter of that rank: $B_1$ beside
+# $B_2$, $A_1$ above $A_2$, with a half (exercise 3). The same holds for whatever else is done to factors one by one:
+# comparing them, subtracting them, averaging them over the participants of a federated training.
 
 # %%
+(B1, A1), (B2, A2) = runs[:2]
+with_updates = 2 * (B1 @ A1 + B2 @ A2) / 2
 print("rank of the mean update:", int(torch.linalg.matrix_rank(with_updates)))
-stacked = s / 2 * torch.cat([B1, B2], dim=1) @ torch.cat([A1, A2])
+stacked = 2 / 2 * torch.cat([B1, B2], dim=1) @ torch.cat([A1, A2])
 assert torch.linalg.matrix_rank(with_updates) == 16 and torch.allclose(stacked, with_updates)
 
 # %% [markdown]
 # ## 6 · The slider that does nothing
 #
-# alpha is the setting that everybody asks about. **Predict before you run.** Multiply alpha by *c* = 4. At
-# the same time halve the learning rate, and halve *A*₀. Adam, 50 steps. What does the loss curve do?
+# alpha is the setting that everybody asks about. We multiply it by $c = 4$. At the same time we halve the learning rate,
+# and halve $A_0$. Adam, 50 steps.
+
+# %%
+explore.predict(
+    "alpha times 4, learning rate and A₀ halved: what does the loss curve do?",
+    {
+        "it falls faster": "s is four times as large, that is true. But A starts at half its size and every step of A and "
+        "of B is half as long; multiply these out.",
+        "it is similar": "Stronger than that. Look at how far the two curves are apart, in double precision.",
+        "it is exactly the same": "Yes: half of B times half of A times four. And Adam's steps do not depend on the size "
+        "of the gradients, so this stays so at every step.",
+    },
+)
 
 # %%
 usual = train(alpha=16)
@@ -469,33 +661,33 @@ for c in (4, 1 / 16, 2):
     other = train(alpha=16 * c, rate=1 / math.sqrt(c), start=1 / math.sqrt(c))
     apart = max(abs(one - two) for one, two in zip(usual[0], other[0], strict=True))
     print(
-        f"alpha · {c:<6g} learning rate and A₀ · {1 / math.sqrt(c):<7.4g} loss apart by",
+        f"alpha · {c:<6g} rate and A₀ · {1 / math.sqrt(c):<7.4g} loss apart by",
         apart if apart == 0 else "rounding only",
     )
     assert apart == 0 if c != 2 else apart < 1e-9
 
 # %% [markdown]
-# Not similar: **the same run**. At *c* = 4 and 1/16, 0 apart in double precision after 50 steps. (√2 cannot
-# be written down exactly, so at *c* = 2 something remains in the last digits.) Move alpha; then, with the
-# upper slider, set one of its two companions free, so that it stays where it was.
+# Not similar: **the same run**. At $c = 4$ and $1/16$ the two are 0 apart in double precision after 50 steps. (A computer
+# cannot hold $\sqrt{2}$ exactly, so at $c = 2$ something remains in the last digits.) Move alpha. Then, with the upper
+# slider, set one of its two companions free, so that it stays where it was.
 
 # %%
 explore.alpha_that_does_nothing(lambda alpha, rate, start: train(alpha=alpha, rate=rate, start=start)[0])
 
 # %% [markdown]
-# **Why.** ΔW = *s BA*. If *s* is *c* times as large and *A* and *B* are both 1/√*c* of what they were, ΔW is
-# the same. *A*₀ was made so, *B*₀ = 0 is so anyway. The gradients change size, but **Adam does not look at
-# the size of a gradient**, only at its history: each step has a length set by the learning rate. With that at
-# 1/√*c* too, all stays in proportion, step after step.
+# **Why.** If $s$ is $c$ times as large and $A$ and $B$ are both $1/\sqrt{c}$ of what they were, $\Delta W = s B A$ is the
+# same. $A_0$ was made so, and $B_0 = 0$ is so anyway. The gradients change size, but **Adam does not look at the size of a
+# gradient**: it divides a running mean of gradients by the root of a running mean of their squares. So a step's length is
+# set by the learning rate. With that at $1/\sqrt{c}$ too, all stays in proportion, step after step.
 #
-# The paper says it in passing, with a 'roughly': 'When optimizing with Adam, tuning α is roughly the same as
-# tuning the learning rate if we scale the initialization appropriately' (§4.1). It is exact.
+# The paper says it in passing, with a 'roughly': 'When optimizing with Adam, tuning α is roughly the same as tuning the
+# learning rate if we scale the initialization appropriately' (§4.1). It is exact in any model, as long as only $A$s and
+# $B$s are trained, without weight decay, without clipping of gradients (they do change size), and with an ε that is
+# negligible beside them. (Under SGD, whose steps do grow with the gradient, the learning rate must be divided by $c$
+# instead, and $A_0$ again by $\sqrt{c}$.)
 #
-# (That is, without weight decay and with a negligible ε. Under SGD, whose steps do grow with the gradient,
-# the learning rate must be divided by *c* instead.)
-#
-# What, then, does alpha do alone? The same argument: alpha · *c* **is a learning rate *c* times as large, for
-# *B* only**.
+# What, then, does alpha do alone? The same argument shows it: alpha times $c$ **is a learning rate $c$ times as large, for
+# $B$ only**.
 
 # %%
 alone = train(alpha=64)
@@ -507,64 +699,121 @@ assert apart == 0
 sgd = train(optimiser="sgd")[0], train(optimiser="sgd", alpha=64, rate=1 / 4, start=1 / 2)[0]
 assert sgd[0] == sgd[1] and sgd[0][-1] < sgd[0][0]
 
+# %% [markdown]
+# So is there a best alpha? We give each its own best learning rate, on a grid wide enough that no best one lies at its
+# end.
+
 # %% tags=["nbval-ignore-output"]
-best = {
-    alpha: min(train(alpha=alpha, rate=rate, start=1)[0][-1] for rate in (1 / 4, 1 / 2, 1, 2, 4))
+grid = [2.0**k for k in range(-1, 7)]  # times the usual learning rate
+ends = {
+    alpha: {
+        factor: sum(train(alpha=alpha, rate=factor, seed=seed)[0][-1] for seed in range(3)) / 3
+        for factor in grid
+    }
     for alpha in (4, 16, 64)
 }
-print("best loss over five learning rates:", {alpha: f"{value:.2f}" for alpha, value in best.items()})
-assert max(best.values()) - min(best.values()) < 0.05
+best = {alpha: min(losses, key=losses.get) for alpha, losses in ends.items()}
+print(
+    "best loss, mean of three seeds:",
+    {alpha: f"{ends[alpha][best[alpha]]:.3f} at {best[alpha]:g}" for alpha in best},
+)
+assert all(grid[0] < factor < grid[-1] for factor in best.values())
+lowest = [ends[alpha][factor] for alpha, factor in best.items()]
+assert max(lowest) - min(lowest) < 0.01 and best[4] > best[64]
+figure, axes = plots.subplots(size=(7.2, 2.8))
+named = {f"alpha = {alpha}": losses for alpha, losses in ends.items()}
+plots.rate_curves(axes, named, xlabel="learning rate, times 0.004", ylabel="loss after 50 steps")
+axes.set(ylim=(0.2, 0.8))
+with plots.style():
+    axes.set_title("Three alphas, each at every learning rate")
+plots.plain_ticks(axes.xaxis, grid)
+plots.show(figure, "Three alphas reach the same loss, the larger alpha at the smaller learning rate.")
 
 # %% [markdown]
-# So alpha is no knob of its own. Three things can be set, alpha, the learning rate and the size of *A*₀, and
-# two of them suffice. Tune the learning rate, and what is left of alpha is how fast *B* moves compared with
-# *A*: here it makes next to no difference between 4 and 64. What is said about 'the best alpha' is mostly
-# said about a learning rate. (Two learning rates on purpose: LoRA+, see 'Where to read on'.) And why alpha / *r*, or
-# alpha / √*r* as in rsLoRA? Only to carry *one* learning rate from one rank to the next:
+# So alpha is no knob of its own. Three things can be set, alpha, the learning rate and the size of $A_0$, and two of them
+# suffice. If you tune the learning rate, what is left of alpha is how fast $B$ moves compared with $A$. In this task the
+# three alphas then end within 0.01 of each other, and the larger alpha wants the smaller rate: comparing them at *one*
+# learning rate would have compared learning rates. (Two learning rates on purpose: LoRA+, see 'Where to read on'.) And why
+# $\alpha / r$, or $\alpha / \sqrt{r}$ as in rsLoRA? Only to carry *one* learning rate from one rank to the next:
 #
 # ## 7 · Twice the rank, the same alpha
 #
-# **Predict before you run.** From *r* = 8 to 16, alpha stays 16. The first step of SGD, ΔW = −η *s*² *G AᵀA*:
-# does it grow, shrink, or stay? And Adam's?
+# We go from $r = 8$ to 16, and alpha stays 16. The first step of SGD is $\Delta W = -\eta s^2\, G A^\top A$.
+
+# %%
+explore.predict(
+    "Twice the rank at the same alpha: what does the first ΔW of SGD do?",
+    {
+        "it grows": "A has more rows, and AᵀA more terms. But s = alpha / r is halved, and it is in the step twice.",
+        "it stays": "s² falls to a quarter, and AᵀA has twice as many terms. That does not even out.",
+        "it is about a third as long": "Yes, 0.36: s² falls to a quarter, and twice as many terms that point in different "
+        "directions bring √2.",
+    },
+)
 
 
 # %%
-def first_step(r, optimiser, seeds=40):
+def first_step(r, optimiser, alpha=16.0, seeds=40):
     """Mean norm of ΔW after one step."""
     total = 0.0
     for seed in range(seeds):
-        B, A = train(r, seed=seed, steps=1, optimiser=optimiser)[3]
-        total += float((16 / r * B @ A).norm())
+        B, A = train(r, alpha, seed=seed, steps=1, optimiser=optimiser)[3]
+        total += float((alpha / r * B @ A).norm())
     return total / seeds
 
 
-sizes = {way: {r: first_step(r, way) for r in (2, 4, 8, 16, 32, 64)} for way in ("sgd", "adam")}
+RANKS = [2, 4, 8, 16, 32, 64]
+sizes = {
+    "SGD, alpha / r": [first_step(r, "sgd") for r in RANKS],
+    "Adam, alpha / r": [first_step(r, "adam") for r in RANKS],
+    "Adam, alpha / √r": [first_step(r, "adam", 16 * math.sqrt(r / 8)) for r in RANKS],
+}
+sizes = {name: [norm / norms[2] for norm in norms] for name, norms in sizes.items()}
 print("norm of the first ΔW, r = 8 taken as 1")
-for r in sizes["sgd"]:
-    sgd, adam = (sizes[way][r] / sizes[way][8] for way in ("sgd", "adam"))
-    print(f"r = {r:2}: SGD {sgd:5.2f}   Adam {adam:5.2f}")
-assert 0.3 < sizes["sgd"][16] / sizes["sgd"][8] < 0.45
-assert 0.65 < sizes["adam"][16] / sizes["adam"][8] < 0.95
+print(f"{'r':20}" + "".join(f"{r:>7}" for r in RANKS))
+for name, norms in sizes.items():
+    print(f"{name:20}" + "".join(f"{norm:7.2f}" for norm in norms))
+assert 0.3 < sizes["SGD, alpha / r"][3] < 0.45 and 0.65 < sizes["Adam, alpha / r"][3] < 0.8
+assert all(0.9 < norm < 1.25 for norm in sizes["Adam, alpha / √r"])
+
+# %%
+figure, axes = plots.subplots(size=(7.2, 2.8))
+plots.curves(axes, {name: (RANKS, norms) for name, norms in sizes.items()}, xscale="log", yscale="log")
+axes.set(xlabel="rank r", ylabel="times that at r = 8")
+with plots.style():
+    axes.set_title("The first step of ΔW, at one learning rate")
+plots.plain_log(axes, RANKS, (0.1, 1, 10))
+plots.show(
+    figure, "The first ΔW shrinks with the rank under alpha / r; under Adam, alpha / √r keeps its length."
+)
 
 # %% [markdown]
-# **Why.** SGD: *s*² falls to a quarter, *AᵀA* has twice as many terms. In expectation a step is halved; the
-# norm falls even more, by 2√2 while *r* is small, because the terms point in different directions. Adam:
-# *B*'s step has a fixed length, so *s* counts once: 2√2 becomes √2, or less where the terms agree. Either way
-# **more rank, smaller steps**: a comparison of ranks at one alpha and one learning rate is also a comparison
-# of learning rates. alpha / √*r* removes that √2 under Adam. If you tune the learning rate at each rank, it
-# does not matter.
+# **Why.** SGD: $s^2$ falls to a quarter, and $A^\top A$ has twice as many terms. In expectation a step is halved; but the
+# norm of one draw falls by $2\sqrt{2}$ while $r$ is small against the width, because the terms point in different
+# directions. Adam: $B$'s step has a fixed length, so $s$ counts once: $2\sqrt{2}$ becomes $\sqrt{2}$, or less where the
+# terms agree. Either way **more rank, smaller first steps**: a comparison of ranks at one alpha and one learning rate is
+# also a comparison of learning rates. $\alpha / \sqrt{r}$ takes that $\sqrt{2}$ away under Adam. If you tune the learning
+# rate at each rank, as chapter 07 does, it does not matter.
 #
-# For a finished adapter the matter is simpler: same *BA*, *s* = alpha / *r*. Whoever doubles *r* and keeps
-# alpha has halved ΔW (exercise 2).
+# For a finished adapter the matter is simpler: same $B A$, $s = \alpha / r$. If you double $r$ and keep alpha, you halve
+# $\Delta W$ (exercise 2).
 
 # %% [markdown]
 # ## 8 · Merge, and back
 #
-# A trained LoRA layer can be **merged**: *W* + ΔW is put in *W*'s place, and the layer costs what the plain
-# one costs. To swap adapters, one wants *W* back. loralib and PEFT subtract ΔW again.
-#
-# **Predict before you run.** Add ΔW to a float32 weight and subtract it again. What share of the 10 000
-# entries is no longer what it was?
+# A trained LoRA layer can be **merged**: $W + \Delta W$ is put in $W$'s place, and the layer costs what the plain one
+# costs. To swap adapters, one wants $W$ back. loralib and PEFT subtract $\Delta W$ again.
+
+# %%
+explore.predict(
+    "Add ΔW to a float32 weight and subtract it again. What share of the 10 000 entries is no longer what it was?",
+    {
+        "none": "On paper, yes. But W + ΔW is rounded, and subtracting does not give back what the rounding took. Look "
+        "at the line of loralib in float32 below.",
+        "a few percent": "Yes, about 8 % here: an entry whose sum has a larger exponent loses its last bit.",
+        "nearly all": "Only where the rounding of W + ΔW took something: mostly where the sum is larger than W was.",
+    },
+)
 
 
 # %%
@@ -589,30 +838,52 @@ def mergeable(way, dtype):
 
 # %%
 def merged_and_back(way, dtype, rounds):
-    """Share of entries of W that differ after so many rounds, and the largest difference."""
+    """After each of these rounds: share of entries of W that differ, and the largest difference."""
     lora, merge, unmerge = mergeable(way, dtype)
     weight = lambda: getattr(lora, "base_layer", lora).weight.detach().double()
-    before = weight().clone()
-    for _ in range(rounds):
+    before, results = weight().clone(), []
+    for number in range(1, max(rounds) + 1):
         merge(), unmerge()
-    return float((weight() != before).double().mean()), float((weight() - before).abs().max())
+        if number in rounds:
+            results.append(
+                (float((weight() != before).double().mean()), float((weight() - before).abs().max()))
+            )
+    return results
 
 
 # %% tags=["nbval-ignore-output"]
-print("share of the entries changed, and the largest change")
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for way in ("lora_edu", "loralib", "PEFT"):
-        results = [merged_and_back(way, dtype, rounds) for rounds in (1, 100)]
-        texts = [f"{share:6.1%} {largest:8.1e}" for share, largest in results]
-        print(f"{str(dtype)[6:]:9} {way:9} after 1 round {texts[0]}   after 100 {texts[1]}")
+ROUNDS = [1, 3, 10, 30, 100]
+WAYS = ("lora_edu", "loralib", "PEFT")
+back = {
+    dtype: {way: merged_and_back(way, dtype, ROUNDS) for way in WAYS}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+}
+figure, row = plots.subplots(1, 2, size=(7.2, 2.8))
+for axes, dtype in zip(row, (torch.float16, torch.bfloat16), strict=True):
+    series = {way: (ROUNDS, [largest for _, largest in back[dtype][way]]) for way in WAYS}
+    plots.curves(axes, series, xscale="log", xlabel="rounds of merging and unmerging")
+    plots.plain_ticks(axes.xaxis, ROUNDS)
+    axes.set(ylabel="largest change of W")
+    with plots.style():
+        axes.set_title(str(dtype)[6:])
+    assert back[dtype]["PEFT"][-1][1] > 3 * back[dtype]["PEFT"][0][1]  # it grows
+    assert back[dtype]["loralib"][-1] == back[dtype]["loralib"][0]  # it does not
+plots.show(figure, "The largest change of W against rounds: none with the original kept; PEFT's grows.")
+
+# %% tags=["nbval-ignore-output"]
+print("rounds, share of the entries changed, and the largest change")
+for dtype, ways in back.items():
+    for way, results in ways.items():
+        texts = [f"{share:6.1%} {largest:8.1e}" for share, largest in (results[0], results[-1])]
+        print(f"{str(dtype)[6:]:9}{way:9} 1: {texts[0]}   100: {texts[1]}")
         assert not any(map(any, results)) if way == "lora_edu" else min(results)[0] > 0.01
 
 # %% [markdown]
-# **Why.** *W* + ΔW is rounded, and what the rounding took is not given back by a subtraction. Nobody will
-# miss the last bit of a float32, though checksums will notice. In bfloat16 a change can be a few thousandths,
-# and in both half precisions PEFT's grew from round to round when we ran this (the last column). The package
-# keeps the original beside the merged weight, so `unmerge` is **exact, bit for bit, however often**. That
-# costs as many bytes as *W*, while merged; the report says how many.
+# **Why.** $W + \Delta W$ is rounded, and a subtraction does not give back what the rounding took. The last bit of a
+# float32 is hardly ever missed, though checksums will notice. In bfloat16 a change can be a few thousandths (the largest
+# entry of this $W$ is 0.67). In both half precisions PEFT's change grew from round to round when we ran this, and
+# loralib's did not. The package keeps the original beside the merged weight, so `unmerge` is **exact, bit for bit,
+# however often**. That costs as many bytes as $W$, while merged; the report says how many.
 
 # %%
 layer = LoRALinear.from_layer(copy.deepcopy(query).to(torch.bfloat16), 8, 16)
@@ -622,8 +893,8 @@ print(f"bytes while merged: {report.extra_bytes}; bytes of W: {W.numel() * 2}")
 assert report.extra_bytes == W.numel() * 2
 
 # %% [markdown]
-# Also, merging happens **only when asked**. In loralib, `eval()` merges: whoever saves a checkpoint in an
-# evaluation saves *W* + ΔW under the name of *W*.
+# Also, merging happens **only when asked**. In loralib, `eval()` merges: if you save a checkpoint during an evaluation,
+# you save $W + \Delta W$ under the name of $W$.
 
 # %%
 changes = {}
@@ -638,9 +909,18 @@ assert changes == {"loralib": True, "lora_edu": False}
 # %% [markdown]
 # ### What rounding swallows
 #
-# The merged weight has the format of *W*. bfloat16 keeps 8 significant bits: the next number after 1 is
-# 1.0078. **Predict before you run.** ΔW is a thousandth of *W* in norm. How much of it survives the merge
-# into bfloat16?
+# The merged weight has the format of $W$. bfloat16 keeps 8 significant bits: the next number after 1 is 1.0078.
+
+# %%
+explore.predict(
+    "ΔW is a thousandth of W in norm. How much of it, in norm, is lost when it is merged into bfloat16?",
+    {
+        "nothing worth noting": "That is so in float32. In bfloat16 two neighbouring numbers are up to 1/128 of their size "
+        "apart, and ΔW is a thousandth.",
+        "about a fifth": "That is float16, which keeps three bits more. See the middle curve.",
+        "about four fifths": "Yes. Most entries of ΔW are smaller than half a step of W's format, and vanish.",
+    },
+)
 
 
 # %% tags=["nbval-ignore-output"]
@@ -657,12 +937,15 @@ lost = {
     str(dtype)[6:]: [swallowed(dtype, size) for size in sizes]
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
 }
+print(f"{'‖ΔW‖ / ‖W‖':11}" + "".join(f"{size:>9g}" for size in sizes))
 for name, shares in lost.items():
-    print(
-        f"{name:9}" + "".join(f"   {size:g}: {share:4.0%}" for size, share in zip(sizes, shares, strict=True))
-    )
+    print(f"{name:11}" + "".join(f"{share:>9.0%}" for share in shares))
 assert 0.7 < lost["bfloat16"][4] < 0.9 and 0.1 < lost["float16"][4] < 0.3 and lost["float32"][-1] < 0.01
-print(f"full tuning changed this W by ‖D‖ / ‖W‖ = {D.norm() / W.norm():.2f}")
+own = float(D.norm() / W.norm())
+print(
+    f"full tuning changed this W by ‖D‖ / ‖W‖ = {own:.2f}; bfloat16 loses {swallowed(torch.bfloat16, own):.1%} there"
+)
+assert 0.3 < own < 0.45 and swallowed(torch.bfloat16, own) < 0.01
 
 # %%
 figure, axes = plots.subplots(size=(7.2, 2.8))
@@ -677,19 +960,18 @@ plots.show(
 )
 
 # %% [markdown]
-# At a thousandth, about four fifths of ΔW are gone in bfloat16, and a fifth in float16. (Chapter 03's three quarters
-# at 0.003 came from rounding *both* files; here *W* is already in the format.) An entry of ΔW that
-# is less than half a step of *W*'s format vanishes altogether, others are rounded up to a whole step. Our
-# tuned *W* changes by far more than a thousandth, so it is safe; a gentle tuning of a large model may not be.
-# Not merging avoids it: the update is then added to the *output*, at its own precision. Read
-# `merge().swallowed` before you ship a merged model.
+# At a thousandth, about four fifths of $\Delta W$ are gone in bfloat16, and a fifth in float16. An entry of $\Delta W$ that
+# is less than half a step of $W$'s format vanishes altogether; the others are rounded to whole steps, some up, some down.
+# Our tuned $W$ changes by 0.38 of its norm, so it is safe: 0.5 % is lost. A tuning that changes $W$ by a hundredth loses a
+# sixth. If you do not merge, nothing is lost this way: the update is then added to the *output*, at its own precision.
+# Read `merge().swallowed` before you ship a merged model.
 
 # %% [markdown]
 # ### GPT-2's Conv1D
 #
-# GPT-2 in `transformers` keeps its linear layers in a class called `Conv1D`, with the weight stored **(in,
-# out)**. *A* is still (*r*, in) and *B* (out, *r*), so ΔW there is *s* (*BA*)ᵀ. On a square weight nothing
-# complains if you forget: the shapes agree, the values do not.
+# GPT-2 in `transformers` keeps its linear layers in a class called `Conv1D`, with the weight stored **(in, out)**. $A$ is
+# still ($r$, in) and $B$ (out, $r$), so $\Delta W$ there is $s\,(B A)^\top$. On a square weight nothing complains if you
+# forget: the shapes agree, the values do not.
 
 # %%
 from transformers.pytorch_utils import Conv1D
@@ -715,12 +997,19 @@ assert torch.allclose(square(x), before, atol=1e-4)
 # %% [markdown]
 # ## 9 · In the whole model
 #
-# `add_lora` does to a model what we did to one layer: it finds the layers by name, puts LoRA in their places
-# and freezes everything else. Then comes a short training, 25 steps on docstrings of numpy and matplotlib.
-# (The base model was trained on code.)
-#
-# **Predict before you run.** Which weights have changed at the end? How far apart are the merged and the
-# unmerged model?
+# `add_lora` does to a model what we did to one layer: it finds the layers by name, puts LoRA in their places and freezes
+# everything else. Then comes a short training, 25 steps of AdamW on docstrings of numpy and matplotlib, one seed. (The
+# base model was trained on code.)
+
+# %%
+explore.predict(
+    "Which tensors of the model have changed at the end of the training?",
+    {
+        "only A and B": "Yes, to the bit. The cell after the training compares every tensor with what it was.",
+        "also norms and biases": "Many recipes do train them. add_lora freezes all that was there before.",
+        "all, but W only a little": "W is not trained at all: it has no gradient, and no optimiser state.",
+    },
+)
 
 # %% tags=["nbval-ignore-output"]
 torch.manual_seed(0)
@@ -766,62 +1055,71 @@ remove_lora(model)
 assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 # %% [markdown]
-# The loss fell, and only *A*s and *B*s have changed: *W* has not moved by a bit. Merged and unmerged agree up
-# to the order of summation in float32. And after `remove_lora` the base model is the very one it was. (Was it
-# worth it? How good does LoRA get, and at what rank? That is chapter 07.)
+# The loss fell, and only $A$s and $B$s have changed: $W$ has not moved by a bit. Merged and unmerged agree up to the order
+# of summation in float32. And after `remove_lora` the base model is the very one it was. (Was it worth it? How good does
+# LoRA get, and at what rank? That is chapter 07.)
 
 # %% [markdown]
 # ## What to remember
 #
-# - **h = W x + b + s · B A x**, *s* = alpha / *r*, *B* = 0 at the start. A dozen lines; the package, loralib
-#   and PEFT compute the same, gradients included.
-# - ∂L/∂*B* = *s G Aᵀ*, ∂L/∂*A* = *s Bᵀ G*. At *B* = 0 only *B* moves, and the first SGD step is **ΔW = −η
-#   *s*² *G AᵀA***: the exact gradient, seen through *A*. On average over draws *AᵀA* is a multiple of the
-#   identity; one draw sees *r* directions.
-# - **BA = (BM)(M⁻¹A)**: average updates, never factors.
-# - Under Adam, alpha · *c* with learning rate and *A*₀ divided by √*c* is the same run. alpha alone is a
-#   learning rate of *B*.
-# - Same alpha, larger *r*: smaller steps; and for a finished adapter, a smaller ΔW.
-# - Merging rounds. Subtracting does not undo it, keeping the original does. bfloat16 swallows four fifths of a ΔW
-#   that is a thousandth of *W*.
+# - $h = W x + b + s\, B A x$, with $s = \alpha / r$ and $B = 0$ at the start. A dozen lines; the package, loralib and PEFT
+#   compute the same, gradients included.
+# - The gradients are $s\, G A^\top$ for $B$ and $s\, B^\top G$ for $A$. At $B = 0$ only $B$ moves, and the first SGD step is
+#   $\Delta W = -\eta s^2\, G A^\top A$: the exact gradient, seen through $A$. On average over draws $A^\top A$ is a multiple
+#   of the identity; one draw sees $r$ directions. In our runs $A$ then turned to the right ones: from about 8 % to
+#   98 %.
+# - $B A = (B M)(M^{-1} A)$: average updates, never factors.
+# - Under Adam, alpha times $c$ with learning rate and $A_0$ divided by $\sqrt{c}$ is the same run. alpha alone is a learning
+#   rate of $B$.
+# - Same alpha, larger $r$: smaller first steps; and for a finished adapter, a smaller $\Delta W$.
+# - Merging rounds. Subtracting does not undo it, keeping the original does. bfloat16 swallows four fifths of a $\Delta W$
+#   that is a thousandth of $W$.
 
 # %% [markdown]
 # ## Exercises
 #
-# Put your answer in place of `None` and run the cell. The check says what is wrong with it, not only that it
-# is wrong.
+# Each answer is a function. Put it in place of `None` and run the cell. The check tries it on matrices that are drawn
+# anew each time, and says what is wrong with it, not only that it is wrong.
 
 # %% [markdown] tags=["exercise"]
-# **1.** A layer with two outputs and three inputs, *r* = 1, alpha = 3, *A* = [[1, 0, 1]] and *B* = 0. The
-# gradient of the loss by *W* is *G* = [[1, 2, 0], [0, 1, −1]]. By hand: what are the gradients of *A* and of
-# *B*?
+# **1.** Write `gradients(G, A, B, s)`: a layer's loss has the gradient $G$ by $W$. Return the pair (gradient of $A$,
+# gradient of $B$). The check compares with autograd.
 
 # %% tags=["exercise"]
-answer = None  # (gradient of A, gradient of B), each a list of rows
-print(exercises.check_05_1(answer))
+gradients = None  # def gradients(G, A, B, s): ...
+print(exercises.check_05_1(gradients))
+
 
 # %% tags=["solution"]
-G_small = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]])
-A_small, B_small, s_small = torch.tensor([[1.0, 0.0, 1.0]]), torch.zeros(2, 1), 3 / 1
-answer = (s_small * B_small.T @ G_small, s_small * G_small @ A_small.T)
-print(exercises.check_05_1(answer))
+def gradients(G, A, B, s):
+    return s * B.T @ G, s * G @ A.T
+
+
+print(exercises.check_05_1(gradients))
 
 # %% [markdown] tags=["exercise"]
-# **2.** An adapter was trained at *r* = 8 and alpha = 16. Your server wants *r* = 16, so you append eight
-# rows of zeros to *A* and eight columns of zeros to *B*. Which alpha do you write into its config, so that ΔW
-# is what it was?
+# **2.** Your server wants adapters of a higher rank. Write `widen(A, B, alpha, rank)`: return $(A, B, \alpha)$ of that
+# rank, with the same $\Delta W = (\alpha / r)\, B A$. And further training must be able to use the new directions (section
+# 4 says when a direction never moves).
 
 # %% tags=["exercise"]
-answer = None  # alpha
-print(exercises.check_05_2(answer))
+widen = None  # def widen(A, B, alpha, rank): ...
+print(exercises.check_05_2(widen))
+
 
 # %% tags=["solution"]
-answer = 16 / 8 * 16  # the old s times the new r
-print(exercises.check_05_2(answer))
+def widen(A, B, alpha, rank):
+    new = rank - A.shape[0]
+    wide_A = torch.cat([A, torch.randn(new, A.shape[1], dtype=A.dtype) / A.shape[1] ** 0.5])
+    wide_B = torch.cat([B, torch.zeros(B.shape[0], new, dtype=B.dtype)], dim=1)
+    return wide_A, wide_B, alpha / A.shape[0] * rank  # the old s times the new r
+
+
+print(exercises.check_05_2(widen))
 
 # %% [markdown] tags=["exercise"]
-# **3.** Write `average(B1, A1, B2, A2)`, which returns (*B*, *A*) such that *BA* is the mean of the two
-# updates. Both have the same *s*.
+# **3.** Write `average(B1, A1, B2, A2)`, which returns an adapter $(B, A)$ such that $B A$ is the mean of the two updates.
+# Both have the same $s$ and the same rank $r$; yours may have $2r$, and no more.
 
 # %% tags=["exercise"]
 average = None  # def average(B1, A1, B2, A2): ...
@@ -836,8 +1134,8 @@ def average(B1, A1, B2, A2):
 print(exercises.check_05_3(average))
 
 # %% [markdown] tags=["exercise"]
-# **4.** Write `merge_conv1d(weight, A, B, scaling)` for GPT-2's Conv1D, whose weight is (in, out). It returns
-# the merged weight and leaves the given one alone.
+# **4.** Write `merge_conv1d(weight, A, B, scaling)` for GPT-2's Conv1D, whose weight is (in, out). It returns the merged
+# weight and leaves the given one alone.
 
 # %% tags=["exercise"]
 merge_conv1d = None  # def merge_conv1d(weight, A, B, scaling): ...
@@ -852,40 +1150,54 @@ def merge_conv1d(weight, A, B, scaling):
 print(exercises.check_05_4(merge_conv1d))
 
 # %% [markdown] tags=["exercise"]
-# **5.** A run with Adam, learning rate 10⁻³, alpha = 16. You set alpha to 64 and multiply *A*₀ by ½. Which
-# learning rate gives the same run?
+# **5.** Write `same_run(c, optimiser)`: alpha is multiplied by $c$, and the run must stay the same. Return the two factors,
+# on the learning rate and on $A_0$, for `optimiser` 'adam' and 'sgd'. The check trains with them.
 
 # %% tags=["exercise"]
-answer = None  # a learning rate
-print(exercises.check_05_5(answer))
+same_run = None  # def same_run(c, optimiser): ...
+print(exercises.check_05_5(same_run))
+
 
 # %% tags=["solution"]
-answer = 1e-3 / math.sqrt(64 / 16)
-print(exercises.check_05_5(answer))
+def same_run(c, optimiser):
+    start = 1 / math.sqrt(c)
+    return (start if optimiser == "adam" else 1 / c), start
+
+
+print(exercises.check_05_5(same_run))
+
+# %% [markdown] tags=["solution"]
+# Under SGD, with $A$ and $B$ both $1/\sqrt{c}$ of what they were and $s$ grown by $c$, each gradient is
+# $c / \sqrt{c} = \sqrt{c}$ times as large. A step must be $1/\sqrt{c}$ of what it was, so the rate is $1/c$ of what it was.
 
 # %% [markdown] tags=["exercise"]
-# **6.** Plain SGD this time, and a fresh layer. You double alpha and change nothing else. By what factor does
-# ΔW after the first step grow?
+# **6.** Write `lost_in_merge(W, update)`: which share of the update, in norm, is lost when it is merged into $W$?
+# `update` is in float32, the merged weight has the dtype of $W$. The share is
+# $\lVert \Delta W - (\text{merged} - W) \rVert_F / \lVert \Delta W \rVert_F$, a plain number.
 
 # %% tags=["exercise"]
-answer = None  # a factor
-print(exercises.check_05_6(answer))
+lost_in_merge = None  # def lost_in_merge(W, update): ...
+print(exercises.check_05_6(lost_in_merge))
+
 
 # %% tags=["solution"]
-once, twice = (train(alpha=alpha, steps=1, optimiser="sgd")[3] for alpha in (16, 32))
-answer = (32 / 8 * twice[0] @ twice[1]).norm() / (16 / 8 * once[0] @ once[1]).norm()
-print(exercises.check_05_6(answer))
+def lost_in_merge(W, update):
+    merged = (W.float() + update).to(W.dtype)
+    changed = merged.float() - W.float()
+    return float((update - changed).norm() / update.norm())
+
+
+print(exercises.check_05_6(lost_in_merge))
 
 # %% [markdown]
 # ## Where to read on
 #
-# - Hu et al. 2021, *LoRA* (arXiv 2106.09685): §4.1 for the method, the init, alpha and 'no additional
-#   inference latency'; §7 for what a trained ΔW looks like.
-# - Kalajdzievski 2023, *A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA* (arXiv 2312.03732),
-#   §3: why alpha / √*r*.
-# - Hayou et al. 2024, *LoRA+* (arXiv 2402.12354): two learning rates, for *A* and for *B*; and *The Impact of
-#   Initialization on LoRA Finetuning Dynamics* (arXiv 2406.08447): random *A* and zero *B*, or the other way
-#   round.
+# - Hu et al. 2021, *LoRA* (arXiv 2106.09685): §4.1 for the method, the init, alpha and 'no additional inference latency';
+#   §7 for what a trained $\Delta W$ looks like.
+# - Kalajdzievski 2023, *A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA* (arXiv 2312.03732), §3: why
+#   $\alpha / \sqrt{r}$.
+# - Hayou et al. 2024, *LoRA+* (arXiv 2402.12354): two learning rates, for $A$ and for $B$; and *The Impact of
+#   Initialization on LoRA Finetuning Dynamics* (arXiv 2406.08447): random $A$ and zero $B$, or the other way round.
 # - Hao et al. 2024, *Flora* (arXiv 2402.03293), §2: LoRA as a compressor of gradients, with the step of
 #   section 4.
 # - Next here: chapter 06, LoRA for an embedding; chapter 07, training with it.

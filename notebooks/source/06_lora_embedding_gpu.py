@@ -39,21 +39,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_edu import explore, plots
-from lora_edu.counting.traffic import (
-    CARDS,
-    linear_bytes,
-    linear_operations,
-    look_up_bytes,
-    look_up_operations,
-    short,
-    traffic,
-)
 from lora_edu.data import load_checkpoint, load_corpus
 from lora_edu.exercises import chapter_06 as exercises
 from lora_edu.explore.lora_embedding import first_move
 from lora_edu.lora import LoRAEmbedding, add_lora, trainable_parameters
 from lora_edu.lora.functional import triton_version
 from lora_edu.paths import REPOSITORY
+from lora_edu.text import format_bytes
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
 
@@ -62,6 +54,15 @@ if not torch.cuda.is_available():  # for section 8; Triton reads it when it is i
     os.environ["TRITON_INTERPRET"] = "1"
 import loralib
 import peft
+
+from lora_edu.counting.traffic import (
+    CARDS,
+    linear_bytes,
+    linear_operations,
+    look_up_bytes,
+    look_up_operations,
+    traffic,
+)
 
 # %% [markdown]
 # ## 1 · A look-up is a one-hot product
@@ -647,7 +648,9 @@ for name, layer in layers.items():
         layer(tokens).backward(G)
         optimizer.step()
     assert abs(watch.moved / paper[name] - 1) < 0.02, (name, watch.moved, paper[name])
-    print(f"{name:13} {short(paper[name]):>8}, {paper[name] / paper['minimum']:5.1f} times the minimum")
+    print(
+        f"{name:13} {format_bytes(paper[name]):>8}, {paper[name] / paper['minimum']:5.1f} times the minimum"
+    )
 
 # %% [markdown]
 # What was watched is within 2 % of the formula for each. (It counts what each operation touches, as if nothing stayed in
@@ -820,8 +823,8 @@ for name in ("loralib", "PEFT", "ours"):
         layers[name](tokens)
     way = "PyTorch, ours" if name == "ours" else "loralib, PEFT"
     assert abs(watch.moved / paper[way] - 1) < 0.02, (name, watch.moved, paper[way])
-    print(f"{name:8} {short(watch.moved)} watched, {short(paper[way])} on paper")
-print(f"one pass {short(paper['one pass'])}, to be had by a kernel only")
+    print(f"{name:8} {format_bytes(watch.moved)} watched, {format_bytes(paper[way])} on paper")
+print(f"one pass {format_bytes(paper['one pass'])}, to be had by a kernel only")
 
 # %% [markdown]
 # A card has two speeds: bytes a second, from and to its memory, and operations a second. A pass that moves $Q$ bytes and

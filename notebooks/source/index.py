@@ -11,6 +11,36 @@
 # your machine while you read; longer runs were recorded, and are called so. You need no network and no graphics card, and
 # every slider answers at once.
 #
+# Here is one: a small language model, tuned with adapters of rank 1 to 16. It shows what the model writes after the same
+# three words, how well it predicts text that it has not seen, and how large the adapter's file is. (In JupyterLab, run the
+# cell first, with Shift + Enter; its code is folded away.)
+
+# %% tags=["folded", "nbval-ignore-output"]
+import torch
+
+from lora_edu import explore
+from lora_edu.data import adapter_folder, load_base_losses, load_checkpoint, load_corpus, load_sweeps
+from lora_edu.data.runs import best
+from lora_edu.data.shipped import data_file
+from lora_edu.lora import load_adapter
+from lora_edu.tinylm import TinyLM
+
+base, tokenizer, prompt = load_checkpoint("base"), load_corpus("reference").tokenizer, "Return the array"
+rows, run = load_sweeps(), {"text": "reference", "steps": 200, "seed": 0}
+words = torch.tensor(tokenizer.encode(prompt).ids)
+texts, losses, sizes = {}, {0: load_base_losses()["reference"]["test"]}, {}
+for r in (0, 1, 2, 4, 8, 16):
+    model, adapter = TinyLM.from_state_dict(base), adapter_folder(f"reference_r{r or 1}")
+    if r:
+        load_adapter(model, adapter)
+        sizes[r] = (adapter / "adapter_model.safetensors").stat().st_size
+        losses[r] = best(rows, method="lora", rank=r, targets="all", scale=1.0, **run)["test"]
+    texts[r] = tokenizer.decode(model.generate(words, 80, temperature=0.7, seed=1).tolist())
+full = data_file("base.safetensors").stat().st_size, best(rows, method="full", **run)["test"]
+assert full[1] < losses[16] < losses[8] < losses[1] < losses[0] - 1
+explore.what_each_rank_writes(prompt, texts, losses, sizes, full)
+
+# %% [markdown]
 # You should be able to read PyTorch and remember what a matrix product is. Begin with
 # [Start here](00_start_here.ipynb): it takes five minutes. Each chapter says what it needs, and ends with exercises
 # whose checks tell you what is wrong with an answer.

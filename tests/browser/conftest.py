@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jupyterlab_driver as driver
 import pytest
+import replay
 from playwright.sync_api import Browser
 
 
@@ -24,7 +25,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[driver.Server]:
-    with driver.lab(tmp_path_factory.mktemp("browser") / "home") as running:
+    kernels = replay.folder() / "jupyterlab"  # guarded, and with two threads, as nbval's own kernel is
+    with driver.lab(tmp_path_factory.mktemp("browser") / "home", kernels) as running:
         yield running
 
 

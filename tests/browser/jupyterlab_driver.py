@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from playwright.sync_api import Browser, ElementHandle, TimeoutError, sync_playwright
@@ -85,8 +86,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def lab(home: Path) -> Iterator[Server]:
-    """`lora-edu lab` as a reader starts it; all it keeps is under `home`, nothing of the user's is read."""
+def lab(home: Path, kernels: Path | None = None) -> Iterator[Server]:
+    """`lora-edu lab` as a reader starts it; all it keeps is under `home`, nothing of the user's is read.
+
+    kernels: a folder whose kernels/ counts for more than what is installed.
+    """
     own = {
         "LORA_EDU_HOME": home / "course",
         "JUPYTER_CONFIG_DIR": home / "config",
@@ -96,6 +100,8 @@ def lab(home: Path) -> Iterator[Server]:
         "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces",
         "IPYTHONDIR": home / "ipython",
     }
+    if kernels is not None:
+        own["JUPYTER_PATH"] = kernels
     command = [sys.executable, "-m", "lora_edu.cli", "lab", "--no-browser", "--port", "0"]
     command += ["--LabApp.expose_app_in_browser=True"]  # so that a test can ask JupyterLab what it is doing
     home.mkdir(parents=True, exist_ok=True)
@@ -176,6 +182,10 @@ class NotebookPage:
         self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
         self.page.wait_for_function(f"() => !({PANEL}).context.model.dirty")
 
+    def ran(self) -> list[str]:
+        """The sources of the cells that the kernel has run, in that order."""
+        return json.loads(self.page.evaluate(ASK_KERNEL, TELL_HISTORY))
+
     def pictures(self) -> list[int]:
         """The cells that show a picture in their output, by index."""
         return self.page.evaluate(CELLS_WITH, "image/png")
@@ -187,7 +197,9 @@ class NotebookPage:
 
     def drawn(self) -> dict[int, list[dict]]:
         """What the kernel knows of each explorer, by cell: how many pictures, seconds, bytes, complaints."""
-        return {int(cell): told for cell, told in json.loads(self.page.evaluate(ASK_KERNEL, TELL)).items()}
+        told = json.loads(self.page.evaluate(ASK_KERNEL, TELL))
+        index = {identity: place for place, identity in enumerate(self.page.evaluate(IDENTITIES))}
+        return {index[cell]: drawings for cell, drawings in told.items() if drawings}
 
     def cell(self, index: int, content: str = "img") -> ElementHandle:
         """The cell, scrolled until its output shows `content` (a CSS selector) and stays where it is.
@@ -208,19 +220,50 @@ class NotebookPage:
             **{name: tuple(x) if isinstance(x, list) else x for name, x in cell.evaluate(SEEN).items()}
         )
 
-    def walk(self, cell: ElementHandle) -> dict[tuple[str, ...], str]:
+    def predictions(self) -> list[int]:
+        """The cells whose output is a question with buttons, by index."""
+        return self.page.evaluate(PREDICTIONS)
+
+    def replies(self, place: ElementHandle) -> list[str]:
+        """What a question says to the choice that was made; nothing before."""
+        return place.evaluate(REPLIES)
+
+    def wait_for_reply(self, place: ElementHandle, option: str) -> None:
+        self.page.wait_for_function(REPLIED, arg=[place, option])
+
+    def choose_each(self, place: ElementHandle) -> dict[str, str]:
+        """Clicks each option of a question that was not answered yet; option → the reply seen."""
+        assert not self.replies(place), "a reply is there before a choice"
+        found = {}
+        for button in place.query_selector_all("button"):
+            option = button.inner_text().strip()
+            button.click()
+            self.wait_for_reply(place, option)
+            [found[option]] = self.replies(place)
+        return found
+
+    def raw_mathematics(self) -> list[str]:
+        """Text around formulas that nobody typeset, and what MathJax says is wrong."""
+        return self.page.evaluate(RAW_MATHEMATICS)
+
+    def walk(
+        self, cell: ElementHandle, known: Mapping[tuple[str, ...], str] | None = None
+    ) -> dict[tuple[str, ...], str]:
         """Moves each slider by keyboard from end to end and back; returns values as read → picture as seen.
 
+        known: what an earlier walk has seen; then no time is spent on waiting for a change that never comes.
         Raises AssertionError where a value's text stays, where a caption is not the alt text, and where the
         way back shows other pictures than the way there. Leaves every slider where it was.
         """
+        known = dict(known or {})
         seen: dict[tuple[str, ...], str] = {}
         for slider in self.sliders(cell):
             place, last = (int(float(slider.get_attribute(f"aria-value{what}"))) for what in ("now", "max"))
-            self.press(cell, slider, "Home", moves=place > 0)
+            self.press(cell, slider, "Home", known, moves=place > 0)
             way = [self.view(cell)]
             for key in ["ArrowRight"] * last + ["ArrowLeft"] * last:
-                way.append(self.press(cell, slider, key))
+                known.setdefault(way[-1].values, way[-1].source)
+                way.append(self.press(cell, slider, key, known))
             for view in way:
                 assert view.alt and view.alt == view.caption, f"caption is not the alt text: {view}"
                 assert seen.setdefault(view.values, view.source) == view.source, (
@@ -229,17 +272,31 @@ class NotebookPage:
             assert len({view.values for view in way}) == last + 1, f"{last + 1} values, not all told apart"
             assert len({view.source for view in way}) > 1, "the slider changes no picture"
             for _ in range(place):
-                self.press(cell, slider, "ArrowRight")
+                self.press(cell, slider, "ArrowRight", known)
         return seen
 
-    def press(self, cell: ElementHandle, slider: ElementHandle, key: str, moves: bool = True) -> View:
-        """What is seen after a key: waits for another value and, two seconds at most, for another picture."""
+    def press(
+        self,
+        cell: ElementHandle,
+        slider: ElementHandle,
+        key: str,
+        known: Mapping[tuple[str, ...], str] = MappingProxyType({}),
+        moves: bool = True,
+    ) -> View:
+        """What is seen after a key: waits for another value and, two seconds at most, for another picture.
+
+        known: values as read → the picture that belongs to them; it is waited for ten seconds at most.
+        """
         before = cell.evaluate(SEEN)
         slider.press(key)
         if moves:
             self.page.wait_for_function(OTHER, arg=[cell, before, "values"])
+            picture = known.get(self.view(cell).values)
             with contextlib.suppress(TimeoutError):  # neighbours may share a picture
-                self.page.wait_for_function(OTHER, arg=[cell, before, "source"], timeout=2000)
+                if picture is None:
+                    self.page.wait_for_function(OTHER, arg=[cell, before, "source"], timeout=2000)
+                else:
+                    self.page.wait_for_function(SHOWS, arg=[cell, picture], timeout=10_000)
         return self.view(cell)
 
     def broken_links(self, cell: ElementHandle) -> int:
@@ -306,16 +363,21 @@ print(_json.dumps({cell: [{
 } for shown in made if isinstance(shown, _explorer.Explorer)] for cell, (_, made) in _explorer.alive.items()}))
 """
 
+TELL_HISTORY = """
+import json as _json
+print(_json.dumps(get_ipython().history_manager.input_hist_raw[1:]))
+"""
+
 ASK_KERNEL = f"""async code => {{
-  const {{ content, sessionContext }} = {PANEL};
-  const future = sessionContext.session.kernel.requestExecute({{ code, store_history: false }});
+  const kernel = {PANEL}.sessionContext.session.kernel;
+  const future = kernel.requestExecute({{ code, store_history: false }});
   let text = "";
   future.onIOPub = message => {{ text += message.content.text || ""; }};
   await future.done;
-  const index = Object.fromEntries(content.widgets.map((cell, index) => [cell.model.sharedModel.id, index]));
-  return JSON.stringify(Object.fromEntries(
-    Object.entries(JSON.parse(text)).filter(([, told]) => told.length).map(([cell, told]) => [index[cell], told])));
+  return text;
 }}"""
+
+IDENTITIES = f"() => {PANEL}.content.widgets.map(cell => cell.model.sharedModel.id)"
 
 SEEN = """cell => {
   const image = cell.querySelector("figure img");
@@ -330,6 +392,31 @@ OTHER = f"""([cell, before, what]) => {{
   const now = ({SEEN})(cell);
   return now.source && String(now[what]) !== String(before[what]);
 }}"""
+
+SHOWS = f"([cell, picture]) => ({SEEN})(cell).source === picture"
+
+PREDICTIONS = f"""() => {PANEL}.content.widgets
+  .map((cell, index) => [index, cell.model.sharedModel.source])
+  .filter(([index, source]) => source.split("\\n").some(line => line.startsWith("explore.predict(")))
+  .map(([index]) => index)"""
+
+REPLIES = """place => [...place.querySelectorAll(".lora-edu-prediction-reply")]
+  .filter(reply => reply.getClientRects().length).map(reply => reply.innerText.trim())"""
+
+REPLIED = f"([place, option]) => ({REPLIES})(place).some(reply => reply.startsWith(option + ' · '))"
+
+# Code may have a dollar, and MathJax keeps the formula for screen readers beside what it has typeset.
+RAW_MATHEMATICS = r"""() => {
+  const root = document.querySelector("article, .jp-Notebook") ?? document.body;
+  const raw = [];
+  const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+  for (let text = walker.nextNode(); text; text = walker.nextNode()) {
+    const typeset = text.parentElement.closest("code, pre, script, style, mjx-container, .cm-editor, .jp-OutputArea");
+    if (!typeset && /\\[(\[]|\$|\\[a-zA-Z]{2,}/.test(text.data)) raw.push(text.data.trim().slice(0, 120));
+  }
+  const wrong = root.querySelectorAll("mjx-merror, [data-mjx-error]");
+  return [...raw, ...[...wrong].map(part => part.outerHTML.slice(0, 200))];
+}"""
 
 BROKEN_LINKS = """cell => [...cell.querySelectorAll(".jupyter-widgets-disconnected")]
   .filter(part => getComputedStyle(part, "::before").display !== "none").length"""

@@ -18,7 +18,7 @@ class SitePage(driver.NotebookPage):
     """One page, opened at an address below `root` (file:///…/ or http://127.0.0.1:…/…/)."""
 
     def open(self, root: str, name: str) -> None:
-        """Opens the page; returns when all its explorers are alive (at once where scripts are off)."""
+        """Opens the page; returns when all on it is alive and typeset (at once where scripts are off)."""
         self.page.route(lambda url: not url.startswith((root, "data:")), self._refuse)
         self.page.goto(f"{root}{name}.html")
         self.page.wait_for_function(ALIVE)
@@ -27,8 +27,13 @@ class SitePage(driver.NotebookPage):
         """The explorers, in the order of the page."""
         return self.page.query_selector_all(".explorer")
 
+    def predictions(self) -> list[ElementHandle]:
+        """The questions, in the order of the page."""
+        return self.page.query_selector_all(".prediction")
 
-ALIVE = "() => document.querySelectorAll('.explorer:not(.explorer-alive)').length === 0"
+
+ALIVE = """() => document.querySelectorAll("[data-model]:not(.alive)").length === 0
+  && [...document.querySelectorAll(".math")].every(formula => formula.querySelector("mjx-container"))"""
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -9,10 +9,13 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
+import replay
 import site_driver
+from filelock import FileLock
 from playwright.sync_api import Browser
 
 from lora_edu import notebooks
+from lora_edu.paths import write_atomically
 from lora_edu.site import book
 
 CHAPTERS = [path.stem for path in sorted(notebooks.FOLDER.glob("[0-9][0-9]_*.ipynb"))]
@@ -20,15 +23,39 @@ SOLUTIONS = [f"solutions/{path.stem}" for path in sorted((notebooks.FOLDER / "so
 PAGES = ["index", *CHAPTERS, *SOLUTIONS]
 PHONE = {"width": 390, "height": 800}
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.site]
+
+
+def each_page(names: list[str]) -> pytest.MarkDecorator:
+    """A test for each page; all that is done with one page is done by one worker."""
+    group = lambda name: pytest.mark.xdist_group(f"page {Path(name).name}")
+    return pytest.mark.parametrize("name", [pytest.param(name, id=name, marks=group(name)) for name in names])
 
 
 @pytest.fixture(scope="session")
-def site(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the site, where `make site` would put it one level below a host's root."""
-    target = tmp_path_factory.mktemp("host") / "lora" / "edu"
-    book.build(target, jobs=1)
+def site(browser: Browser) -> Path:
+    """The folder of the site, built once for all workers, two levels below a host's root.
+
+    Chapters are shown as JupyterLab ran them in this test run; one that it did not run, the builder runs.
+    """
+    target = replay.folder() / "host" / "lora" / "edu"
+    with FileLock(replay.folder() / "host.lock"):
+        if not target.exists():
+            book.build(target, jobs=1, runs=runs_of_jupyterlab())
     return target
+
+
+def runs_of_jupyterlab() -> Path:
+    """A folder in which the builder finds the chapters that JupyterLab ran."""
+    runs = replay.folder() / "site-runs"
+    for name in notebooks.names():
+        for edition in notebooks.editions(name):
+            if book.shows_explorers(edition.notebook):
+                ran = replay.earlier(edition.path, edition.notebook)
+                replay.tell("the site, by running it" if ran is None else "the site, from JupyterLab's run")
+                if ran is not None:
+                    write_atomically(book.kept_at(edition, runs), nbformat.writes(ran).encode())
+    return runs
 
 
 @pytest.fixture(scope="session")
@@ -49,20 +76,23 @@ def sentences(name: str) -> list[str]:
     return [output.data["text/plain"] for output in outputs if "image/png" in output.get("data", {})]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@each_page(PAGES)
 def test_from_the_disk_every_slider_is_alive(browser, disk, name):
     page = site_driver.open_page(browser, disk, name)
     for cell in page.cells():
         cell.scroll_into_view_if_needed()
         assert not page.cut_off(cell)
         page.walk(cell)  # other value, other picture, caption = alt text; the same on the way back
+    for question in page.predictions():
+        page.choose_each(question)
+    assert not page.raw_mathematics()
     alts = page.page.eval_on_selector_all("article img", "images => images.map(image => image.alt)")
     assert len(alts) == len(sentences(name)) and all(alts)
     page.close()
     assert not page.faults
 
 
-@pytest.mark.parametrize("name", PAGES)
+@each_page(PAGES)
 def test_from_a_static_host_below_its_root(browser, host, name):
     page = site_driver.open_page(browser, host, name)
     for cell in page.cells()[:1]:
@@ -81,7 +111,7 @@ AXE = """async options => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", [*PAGES, "search"])
+@each_page([*PAGES, "search"])
 def test_axe_finds_nothing_serious(browser, disk, name, scheme):
     page = site_driver.open_page(browser, disk, name, color_scheme=scheme)
     page.page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8"))
@@ -93,7 +123,7 @@ def test_axe_finds_nothing_serious(browser, disk, name, scheme):
     assert not found
 
 
-@pytest.mark.parametrize("name", CHAPTERS)
+@each_page(["index", *CHAPTERS])
 def test_without_scripts_the_start_is_there_and_with_them_nothing_jumps(browser, disk, name):
     still = browser.new_page(java_script_enabled=False, viewport={"width": 1000, "height": 800})
     still.goto(f"{disk}{name}.html")
@@ -116,13 +146,21 @@ def test_without_scripts_the_start_is_there_and_with_them_nothing_jumps(browser,
     assert not page.faults
 
 
-@pytest.mark.parametrize("name", PAGES)
+@each_page(PAGES)
 def test_on_a_phone_nothing_sticks_out(browser, disk, name):
     page = site_driver.open_page(browser, disk, name, viewport=PHONE)
     wide = page.page.evaluate("document.documentElement.scrollWidth")
     cut = [words for cell in page.cells() for words in page.cut_off(cell)]
     page.close()
     assert wide <= PHONE["width"] and not cut
+
+
+def test_the_first_page_opens_with_a_slider_and_stays_light(browser, disk, site):
+    page = site_driver.open_page(browser, disk, "index")
+    [cell] = page.cells()
+    assert cell.bounding_box()["y"] < 800, "it is seen without scrolling"
+    page.close()
+    assert (site / "index.html").stat().st_size < 700_000
 
 
 def test_the_search_finds_a_word_on_the_disk(browser, disk):

@@ -20,7 +20,7 @@ from lora_edu import counting
         ),  # W_v is short
         ("llama-3-8b", "embedding", 8, 8 * (128_256 + 4096)),
         ("gpt-2", ("embedding", "head"), 8, 2 * 8 * (50_257 + 768)),  # tied: one weight, yet two adapters
-        ("TinyLM", "all", 8, 219_200),
+        ("TinyLM", "all", 8, 248_000),
     ],
 )
 def test_counts(name, targets, rank, expected):

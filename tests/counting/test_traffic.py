@@ -12,7 +12,6 @@ from lora_edu.counting.traffic import (
     linear_operations,
     look_up_bytes,
     look_up_operations,
-    short,
     traffic,
 )
 from lora_edu.lora import LoRALinear
@@ -25,10 +24,6 @@ def test_only_the_dense_ways_grow_with_the_vocabulary(vocabulary, tokens):
     for name in moved:
         grows = {"loralib": 6, "PEFT": 6, "ours": 4}.get(name, 0)
         assert larger[name] - moved[name] == grows * 4 * 8 * vocabulary
-
-
-def test_bytes_read_as_one_expects():
-    assert [short(n) for n in (840, 999_600, 4_210_000, 2.5e9)] == ["0.84 kB", "1 MB", "4.21 MB", "2.5 GB"]
 
 
 def test_a_look_up_does_half_the_rank_in_operations_a_byte_and_one_pass_moves_a_quarter():

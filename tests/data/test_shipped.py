@@ -20,7 +20,7 @@ def copy(tmp_path, monkeypatch):
 def test_every_file_is_as_the_manifest_says_and_together_they_are_small():
     found = list(shipped.check_all())
     assert found and all(right for _, right, _ in found), found
-    assert sum(entry["bytes"] for entry in shipped.manifest()["files"].values()) <= 25_000_000
+    assert sum(entry["bytes"] for entry in shipped.manifest()["files"].values()) <= 30_000_000
     names = {path.name for path in shipped.data_folder().glob("*.safetensors")}
     assert names <= set(shipped.manifest()["files"])
 

@@ -1,10 +1,11 @@
 """Each check of chapter 00 says 'right' to the right answer and names the mistake in the typical wrong one."""
 
 import pytest
+import torch
 
-from lora_edu import exercises
 from lora_edu.data import adapter_folder
 from lora_edu.data.shipped import data_file
+from lora_edu.exercises import chapter_00 as exercises
 
 BASE = data_file("base.safetensors").stat().st_size / 1e6
 ADAPTER = (adapter_folder("reference_r8") / "adapter_model.safetensors").stat().st_size / 1e6
@@ -55,3 +56,34 @@ def test_an_open_exercise_gets_a_hint_and_nonsense_an_answer(number):
     assert "too small. Hint" in check(number)(1e-9)
     assert "too large. Hint" in check(number)(1e18)
     assert "right." not in check(number)(float("nan"))
+
+
+def right(x, W, A, B, s):
+    return torch.nn.functional.linear(x, W + s * B @ A)  # by another way than the check's
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply"),
+    [
+        (right, "right. "),
+        (lambda x, W, A, B, s: right(x, W, A, B, s).float(), "right. "),
+        (lambda x, W, A, B, s: right(x, W, A, B, s).T, "lies on its side"),
+        (lambda x, W, A, B, s: right(x, W, A, B, 1), "s is missing"),
+        (lambda x, W, A, B, s: s * right(x, W, A, B, 1), "before BA only"),
+        (lambda x, W, A, B, s: x @ W.T, "W alone"),
+        (lambda x, W, A, B, s: s * x @ (B @ A).T, "update alone"),
+        (lambda x, W, A, B, s: right(x, W, A, B, -s), "sign is wrong"),
+        (lambda x, W, A, B, s: right(x, W, A, B, 1 / s), "does not divide"),
+        (lambda x, W, A, B, s: right(x, W, A, 3 * B, s), "other numbers"),
+        (lambda x, W, A, B, s: W @ x + s * B @ A @ x, "stops with RuntimeError"),
+        (lambda x, W, A, B, s: x @ W.T + s * (x @ B) @ A, "stops with RuntimeError"),
+        (lambda x: x, "stops with TypeError"),
+        (lambda x, W, A, B, s: None, "got NoneType"),
+        (torch.ones(5, 11), "the answer is a function of (x, W, A, B, s)"),
+        (None, "not attempted yet. Hint: "),
+    ],
+)
+def test_the_formula_is_tried_and_told_what_is_wrong(answer, reply):
+    said = exercises.check_00_3(answer)
+    assert said.startswith("Exercise 3: ") and reply in said
+    assert ("right." in said) == (reply == "right. ")

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from lora_edu import exercises, lowrank
-from lora_edu.data import load_checkpoint, load_corpus
+from lora_edu import lowrank
+from lora_edu.data import load_checkpoint
+from lora_edu.exercises import chapter_03 as exercises
 
-CHECKS = [getattr(exercises, f"check_03_{k}") for k in range(1, 6)]
+CHECKS = [getattr(exercises, f"check_03_{k}") for k in range(1, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +18,9 @@ def data():
 @pytest.mark.parametrize("number, check", list(enumerate(CHECKS, 1)))
 def test_an_open_cell_gets_a_hint_and_nonsense_a_kind_word(number, check):
     assert check(None).startswith(f"Exercise {number}: not attempted yet. Hint: ")
-    assert "the answer is one number; got 'twelve'" in check("twelve")
-    assert "not yet" in check(-12345.0)
+    expected = "the answer is one number" if number < 4 else "the answer is a function of ("
+    assert expected in check("twelve") and "got 'twelve'" in check("twelve")
+    assert ("not yet" if number < 4 else "got nan") in check(float("nan"))
 
 
 def test_exercise_1_tells_rounding_from_rank():
@@ -56,22 +58,89 @@ def test_exercise_3_subtracts_chance(data):
     assert "the left directions" in exercises.check_03_3(left - 0.2)
 
 
-def test_exercise_4_leaves_out_rows_that_nobody_reads(data):
-    counts = torch.bincount(load_corpus("reference").train, minlength=10_000)
-    update = data["reference_seed_0"]["head.weight"]
-    assert exercises.check_03_4(lowrank.stable_rank(update[counts > 0])).startswith("Exercise 4: right")
-    assert "that never occur included" in exercises.check_03_4(lowrank.stable_rank(update))
-    assert "Take the others" in exercises.check_03_4(lowrank.stable_rank(update[counts == 0]))
-    assert "Roy & Vetterli" in exercises.check_03_4(lowrank.effective_rank(update[counts > 0]))
+def read_rows(update, counts, least):
+    rows = update[counts >= least]
+    return lowrank.stable_rank(rows - rows.mean(dim=0))
 
 
-def test_exercise_5_cuts_both_sides_to_the_same_rank(data):
-    name = "blocks.3.mlp.down.weight"
-    W, update = data["base"][name], data["reference_seed_0"][name]
-    factor = lowrank.amplification_factor(update, W, 4)
-    assert exercises.check_03_5(factor).startswith("Exercise 5: right")
-    assert "its inverse" in exercises.check_03_5(1 / factor)
-    U, S, Vh = lowrank.svd(update)
-    inside = (U[:, :4].T @ W @ Vh[:4].T).norm()
-    assert "Cut ΔW to rank 4" in exercises.check_03_5(update.norm() / inside)
-    assert "own four strongest" in exercises.check_03_5(S[:4].norm() / lowrank.svd(W).S[:4].norm())
+def of(rank):
+    """A function of exercise 4 that forms the rows by `rank`."""
+    return lambda update, counts, least: lowrank.stable_rank(rank(update, counts, least))
+
+
+WRONG_ROWS = {
+    "still in it: subtract the mean row": of(lambda u, c, n: u[c >= n]),
+    "mean of the rows that stay": of(lambda u, c, n: u[c >= n] - u.mean(0)),
+    "no row was left out: ": of(lambda u, c, n: u - u.mean(0)),
+    "no row was left out, and": of(lambda u, c, n: u),
+    "they stay (≥)": of(lambda u, c, n: u[c > n] - u[c > n].mean(0)),
+    "those are the rows to leave out": of(lambda u, c, n: u[c < n] - u[c < n].mean(0)),
+    "each row's own mean": of(lambda u, c, n: u[c >= n] - u[c >= n].mean(1, keepdim=True)),
+    "Roy & Vetterli": lambda u, c, n: lowrank.effective_rank(u[c >= n] - u[c >= n].mean(0)),
+    "Does it return its result?": lambda u, c, n: None,
+    "it raises": lambda u, c, n: u @ u,
+    "Hint: ": lambda u, c, n: 0.5,
+}
+
+
+def test_exercise_4_reads_rows_without_what_they_have_in_common():
+    assert exercises.check_03_4(read_rows).startswith("Exercise 4: right")
+    for words, wrong in WRONG_ROWS.items():
+        message = exercises.check_03_4(wrong)
+        assert "not yet" in message and words in message, message
+
+
+def parts(W, dW, r):
+    U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
+    return S[:r].norm(), (U[:, :r].T @ W @ Vh[:r].T).norm()
+
+
+def test_exercise_5_cuts_both_sides_to_the_same_rank():
+    right = lambda W, dW, r: torch.div(*parts(W, dW, r))
+    assert exercises.check_03_5(right).startswith("Exercise 5: right")
+    for words, wrong in {
+        "its inverse": lambda W, dW, r: 1 / right(W, dW, r),
+        "Cut ΔW to rank r": lambda W, dW, r: dW.norm() / parts(W, dW, r)[1],
+        "own r strongest": lambda W, dW, r: parts(W, dW, r)[0] / torch.linalg.svdvals(W)[:r].norm(),
+        "all of W": lambda W, dW, r: parts(W, dW, r)[0] / W.norm(),
+        "its square": lambda W, dW, r: right(W, dW, r) ** 2,
+        "it raises": lambda W, dW, r: dW[:, :r].T @ W @ dW[:r],
+        "Hint: ": lambda W, dW, r: 1.0,
+    }.items():
+        message = exercises.check_03_5(wrong)
+        assert "not yet" in message and words in message, message
+
+
+def cut_if(condition):
+    """A function of exercise 6 that cuts where the condition on name, tensor and kind holds."""
+    return lambda delta, kind, r: {
+        name: lowrank.truncate(dW, r) if condition(name, dW, kind) else dW for name, dW in delta.items()
+    }
+
+
+def in_place(delta, kind, r):
+    for name, dW in delta.items():
+        if dW.dim() == 2 and name.split(".")[-2] == kind:
+            dW.copy_(lowrank.truncate(dW, r))
+    return delta
+
+
+def test_exercise_6_cuts_one_kind_and_leaves_the_rest():
+    right = cut_if(lambda name, dW, kind: dW.dim() == 2 and name.split(".")[-2] == kind)
+    assert exercises.check_03_6(right).startswith("Exercise 6: right")
+    for words, wrong in {
+        "not of the kind 'up'": cut_if(lambda name, dW, kind: dW.dim() == 2),
+        "update.weight was changed": cut_if(lambda name, dW, kind: dW.dim() == 2 and kind in name),
+        "was not cut": cut_if(lambda name, dW, kind: False),
+        "is not in the result": lambda delta, kind, r: {
+            name: lowrank.truncate(dW, r) for name, dW in delta.items() if ".up.w" in name
+        },
+        "is not the nearest matrix of rank 2 (yours has rank 3)": lambda delta, kind, r: right(
+            delta, kind, r + 1
+        ),
+        "changes the ΔW that it was given": in_place,
+        "it raises": lambda delta, kind, r: delta[kind],
+        "it returns None": lambda delta, kind, r: None,
+    }.items():
+        message = exercises.check_03_6(wrong)
+        assert "not yet" in message and words in message, message

@@ -74,3 +74,8 @@ def test_one_draw_of_rank_one_gives_a_matrix_of_rank_one():
 def test_the_sentences_hold_the_norms():
     sentence = drawn("norms").pictures[8, 16].sentence
     assert "s = 2" in sentence and "A's gradient is 0" in sentence and "B's 2" in sentence
+
+
+def test_a_first_gradient_of_A_that_is_not_zero_would_be_told():
+    run = lambda r, alpha: ([0.25, 0.1], [1.0, 0.5], [1.0, 0.5])
+    assert "A's gradient is 0.25 and" in gradient_norms(run).pictures[8, 16].sentence

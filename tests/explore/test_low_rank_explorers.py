@@ -1,9 +1,12 @@
 """Chapter 01's explorers on small matrices: what their sentences say is true, and their pictures stay in the budget."""
 
+import io
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lora_edu import explore, lowrank
 
@@ -52,6 +55,17 @@ def test_the_map_tells_metres(explorers):
         cut = lowrank.truncate(heights - heights.mean(), r)
         off = float((heights - heights.mean() - cut).square().mean().sqrt())
         assert numbers(picture.sentence)[-1] == round(off)
+
+
+def test_the_whole_map_stands_beside_the_cut_one(explorers):
+    first, last = (
+        np.asarray(Image.open(io.BytesIO(explorers["map"].pictures[r,].png)).convert("L"), dtype=float)
+        for r in (1, 8)
+    )
+    panel = first.shape[1] // 6  # well within the original; the cut one begins after it
+    changed = np.abs(first - last).mean(axis=0)
+    # Each picture has its own palette, so the original differs by a shade or two.
+    assert changed[:panel].max() < 8 and changed[2 * panel : 3 * panel].max() > 20
 
 
 def test_a_hidden_direction_shows_only_when_it_is_strong_enough(explorers):

@@ -6,7 +6,6 @@ import pytest
 
 from lora_edu import plots
 from lora_edu.explore import what_each_rank_writes
-from lora_edu.explore.start_here import on_disk
 
 PROMPT = "Return the array"
 TEXTS = {
@@ -83,8 +82,3 @@ def test_the_picture_of_lora_is_to_scale():
     assert len(ratio) == 1 and axes.get_aspect() == 1, "one scale for all, both ways"
     with pytest.raises(ValueError, match="strips must divide the 10000 rows; got 3"):
         plots.to_scale(axes, 10_000, 100, 8, strips=3)
-
-
-@pytest.mark.parametrize(("size", "read"), [(70_744, "71 kB"), (999_499, "999 kB"), (999_500, "1.0 MB")])
-def test_sizes_read_as_people_write_them(size, read):
-    assert on_disk(size) == read

@@ -14,9 +14,8 @@ from lora_edu.lora import add_lora, load_adapter, lora_layers, merge_lora, remov
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # PEFT's own: fan_in_fan_out, saved embeddings, tied weights
+# PEFT's own warnings: fan_in_fan_out, saved embeddings, tied weights.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -270,10 +269,7 @@ def feature(name):
     ("name", "message"),
     [
         ("DoRA", "use_dora=True isn't supported .DoRA"),
-        ("bias", "bias=all .biases trained beside LoRA"),
         ("lora_bias", "lora_bias=True isn't supported"),
-        ("modules_to_save", r"modules_to_save=\['lm_head'\] isn't supported"),
-        ("trainable_token_indices", "trainable_token_indices=.*isn't supported .single token rows"),
         ("target_parameters", "target_parameters=.*isn't supported"),
         ("PiSSA", "init_lora_weights=pissa isn't supported: it changes the base weights"),
         ("OLoRA", "init_lora_weights=olora isn't supported"),
@@ -298,17 +294,41 @@ def test_other_methods_of_peft_are_refused_by_name(tmp_path):
         load_adapter(base("Llama"), tmp_path)
 
 
-def test_changed_table_beside_the_adapter_is_refused(tmp_path):
-    """PEFT stores an adapted embedding's own table too: fine as long as it is the model's."""
+@pytest.mark.parametrize("name", ["bias", "modules_to_save", "trainable_token_indices"])
+@pytest.mark.parametrize("kind", ["Llama", "OPT"])
+def test_what_was_trained_beside_lora_comes_along(tmp_path, name, kind):
+    """Biases, whole modules and single token rows: PEFT's outputs, there and back, and the base again afterwards."""
+    theirs = peft.get_peft_model(base(kind), feature(name))
+    torch.manual_seed(5)
+    for each in theirs.parameters():
+        if each.requires_grad:
+            each.data += 0.1 * torch.randn_like(each)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    model = base(kind)
+    before = outputs(model)
+    load_adapter(model, tmp_path / "theirs")
+    assert torch.allclose(outputs(model), outputs(theirs), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(outputs(model), before, atol=1e-3)
+    save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(kind), tmp_path / "ours").eval()
+    assert torch.allclose(outputs(again), outputs(theirs), rtol=1e-4, atol=1e-4)
+    remove_lora(model)
+    assert torch.equal(outputs(model), before)
+
+
+def test_a_changed_table_beside_the_adapter_is_taken_as_peft_takes_it(tmp_path):
+    """PEFT stores an adapted embedding's own table too, and loads it over the model's."""
     theirs = peft.get_peft_model(base("OPT"), peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
-    theirs.save_pretrained(tmp_path)
-    load_adapter(base("OPT"), tmp_path)
     theirs.base_model.model.model.decoder.embed_tokens.base_layer.weight.data += 1
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"holds its own model.decoder.embed_tokens.weight, other than the model's"
-    ):
-        load_adapter(base("OPT"), tmp_path)
+    theirs.eval().save_pretrained(tmp_path)
+    model = base("OPT")
+    before = outputs(model)
+    with pytest.warns(UserWarning, match="holds its own model.decoder.embed_tokens.weight, other than the"):
+        load_adapter(model, tmp_path)
+    again = peft.PeftModel.from_pretrained(base("OPT"), tmp_path).eval()
+    assert torch.allclose(outputs(model), outputs(again), rtol=1e-4, atol=1e-4)
+    remove_lora(model)
+    assert torch.equal(outputs(model), before)
 
 
 def test_adapter_of_another_model_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import socket
+import warnings
 
 import pytest
 import torch
@@ -235,6 +236,79 @@ def test_tied_adapted_separately():
     assert twin.head.weight is not twin.embedding.weight and twin.head.weight.requires_grad
 
 
+# "all-linear", types, and heads that are tied
+
+INNER = [
+    f"blocks.{block}.{name}"
+    for block in range(2)
+    for name in ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.0", "mlp.2")
+]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_is_every_linear_layer_but_the_head(tied):
+    model = tiny(tied=tied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to say: the name means this
+        add_lora(model, 2, 4, "all-linear")
+    assert list(lora_layers(model)) == INNER
+
+
+def test_a_tied_head_is_left_out_of_a_type_with_a_warning():
+    model = tiny(tied=True)
+    said = r'^head left out: the weight is also embedding.weight \(tied\).*tied="separate"'
+    with pytest.warns(UserWarning, match=said) as caught:
+        add_lora(model, 2, 4, [nn.Linear])
+    assert list(lora_layers(model)) == INNER and caught[0].filename == __file__
+    assert model.head.weight is model.embedding.weight
+    assert list(lora_layers(add_lora(tiny(), 2, 4, [nn.Linear]))) == [*INNER, "head"], "untied it is adapted"
+    separate = add_lora(tiny(tied=True), 2, 4, [nn.Linear], tied="separate")
+    assert list(lora_layers(separate)) == [*INNER, "head"]
+
+
+def test_both_ends_of_a_tie_are_left_out_of_types():
+    with pytest.warns(UserWarning, match="^embedding, head left out"):
+        model = add_lora(tiny(tied=True), 2, 4, [nn.Linear, nn.Embedding, "query"])
+    assert list(lora_layers(model)) == INNER
+
+
+@pytest.mark.parametrize("targets", [[nn.Linear, "head"], ["head", "query"], [nn.Embedding]])
+def test_a_tied_layer_that_is_meant_is_refused(targets):
+    model = tiny(tied=True)
+    before = portrait(model)
+    with pytest.raises(ValueError, match=r'(head|embedding).weight is also .*\(tied\).*tied="separate"'):
+        add_lora(model, 2, 4, targets)
+    assert portrait(model) == before
+
+
+def test_ranks_by_target_know_all_linear():
+    model = add_lora(tiny(), {"query": 1, "all-linear": 3}, 4, ["query", "all-linear"])
+    assert {name: layer.rank for name, layer in lora_layers(model).items()} == {
+        name: 1 if name.endswith("query") else 3 for name in INNER
+    }
+
+
+# A table that is resized
+
+
+@pytest.mark.parametrize("rows", [25, 40])
+@pytest.mark.parametrize("name", ["embedding", "head"])
+def test_a_weight_resized_under_its_factors_is_named(name, rows):
+    """What resize_token_embeddings does to a table: another weight, of other rows, in the same Parameter."""
+    model = add_lora(tiny(), 2, 4, [name, "query"])
+    layer = model.get_submodule(name)
+    W = layer.weight.data
+    layer.weight.data = torch.cat([W, W])[:rows]
+    with pytest.raises(
+        RuntimeError, match=rf"has {rows} rows, its factors are for 30: it was resized after LoRA"
+    ):
+        model(TOKENS)
+    remove_lora(model)
+    if name == "embedding":
+        assert model.embedding.num_embeddings == rows
+    assert model(TOKENS % 25).shape == (2, 12, rows if name == "head" else 30)
+
+
 # Refusals: the reason is named and the model is as it was
 
 
@@ -273,7 +347,7 @@ def dynamically_quantised(model):
             ValueError,
             r"blocks.0.attention.query: rank must be between 1 and 8 .*got 0",
         ),
-        (tiny, (9, 4, "query"), ValueError, "got 9; a higher one only adds parameters"),
+        (tiny, (9, 4, "query"), ValueError, "rank must be between 1 and 8 .*got 9"),
         (
             tiny,
             ({"query": 8, "head": 9}, 4, ["query", "head"]),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_edu.lora import LoRAEmbedding, LoRALinear, lora_embedding, lora_linear, pair_optimizers
-from lora_edu.lora.layers import refuse_layer
+from lora_edu.lora.checks import refuse_layer
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -112,9 +112,8 @@ def test_gradcheck_embedding(draw: random.Random):
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for shape in ((vocabulary, width), (vocabulary, rank), (width, rank))
     ]
-    if (
-        padding is not None
-    ):  # W's own gradient leaves the padding row out too, which no numerical check can see
+    # W's own gradient leaves the padding row out too, which no numerical check can see.
+    if padding is not None:
         matrices[0].requires_grad_(False)
 
     def operation(W, A, B):
@@ -278,7 +277,7 @@ def test_int32_tokens():
     ("make", "error", "message"),
     [
         (lambda: LoRALinear(10, 8, 0, 1), ValueError, r"between 1 and 8 .*8 × 10 weight\); got 0"),
-        (lambda: LoRALinear(10, 8, 9, 1), ValueError, "got 9; a higher one only adds parameters"),
+        (lambda: LoRALinear(10, 8, 9, 1), ValueError, r"between 1 and 8 .*got 9"),
         (lambda: LoRAEmbedding(10_000, 100, 128, 1), ValueError, r"between 1 and 100 .*10000 × 100 weight\)"),
         (lambda: LoRALinear(10, 8, 2.0, 1), ValueError, "whole number; got 2.0"),
         (lambda: LoRALinear(10, 8, True, 1), ValueError, "whole number; got True"),
@@ -314,6 +313,11 @@ def test_int32_tokens():
         ),
         (lambda: LoRALinear.from_layer(weight_normed(), 1, 1), TypeError, "computes its weight"),
         (lambda: LoRALinear.from_layer(hooked(), 1, 1), TypeError, "has hooks"),
+        (
+            lambda: LoRALinear.from_layer(replaced(), 1, 1),
+            TypeError,
+            "the forward of this Linear was replaced on the layer itself.*add LoRA first",
+        ),
         (lambda: LoRALinear.from_layer(quantised(), 1, 1), TypeError, "already quantised"),
         (
             lambda: LoRALinear.from_layer(float8(), 1, 1),
@@ -339,6 +343,12 @@ class Scaled(nn.Embedding):
 
 def weight_normed():
     return nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+
+def replaced():
+    layer = nn.Linear(3, 4)
+    layer.forward = lambda x: x
+    return layer
 
 
 def hooked():

@@ -91,6 +91,16 @@ def test_round_trip_is_exact(tmp_path_factory, targets, rank, alpha, rank_stabil
     assert sorted(each.name for each in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """In a notebook no shell puts it in."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert save_adapter(tuned(), "~/mine") == tmp_path / "mine"
+    load_adapter(tiny(), "~/mine")
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "nothing"))):
+        load_adapter(tiny(), "~/nothing")
+
+
 def test_loaded_model_trains_and_lets_go(folder):
     model = tiny()
     before = portrait(model)
@@ -244,11 +254,10 @@ def with_tensors(folder: Path, change) -> None:
         ({"r": 0}, "r must be a whole number above 0; got 0"),
         ({"r": True}, "r must be a whole number above 0; got True"),
         ({"r": 3}, r"has rank 2, but adapter_config.json says 3: the files don't match"),
-        ({"rank_pattern": {"query": 5}}, r"query has rank 2, but adapter_config.json says 5"),
         ({"rank_pattern": []}, "rank_pattern must be an object"),
-        ({"rank_pattern": {"que(": 2}}, "is no regular expression"),
+        ({"alpha_pattern": {"que(": 2}}, "is no regular expression"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "too involved to be matched safely"),
-        ({"alpha_pattern": {".*a.*a.*a": 2}}, "too involved to be matched safely"),
+        ({"alpha_pattern": {".*a.*a.*a.*a": 2}}, "too involved to be matched safely"),
         ({"alpha_pattern": {"query": "8"}}, "alpha must be a finite number"),
         ({"lora_alpha": float("nan")}, "alpha must be a finite number"),
         ({"lora_alpha": 10**400}, "adapter_config.json: int too large"),
@@ -256,17 +265,11 @@ def with_tensors(folder: Path, change) -> None:
         ({"lora_dropout": 1.5}, "dropout must be at least 0 and below 1; got 1.5"),
         ({"use_rslora": "yes"}, "use_rslora must be true or false; got yes"),
         ({"use_dora": True}, "use_dora=True isn't supported .DoRA"),
-        ({"bias": "lora_only"}, "bias=lora_only .biases trained"),
-        ({"modules_to_save": ["head"]}, r"modules_to_save=\['head'\] isn't supported"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights=pissa_niter_16 isn't supported"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights=loftq isn't supported"),
         ({"future_thing": {"on": 1}}, r"future_thing=.*isn't supported \(not known here\)"),
         ({"target_modules": None}, "target_modules must be a list of names or a pattern"),
         ({"target_modules": ["query", "mlp.2"]}, "adapts embedding, which target_modules doesn't name"),
-        (
-            {"target_modules": ["embedding", "query", "2", "key"]},
-            "names blocks.0.attention.key, but the file has no",
-        ),
     ],
 )
 def test_bad_configuration(folder, changes, message):
@@ -306,10 +309,6 @@ def replaced(name, tensor):
             lambda tensors: tensors.pop(f"{QUERY}.lora_B.weight"),
             "query has lora_A alone: the file is incomplete",
         ),
-        (
-            lambda tensors: [tensors.pop(f"{QUERY}.lora_{x}.weight") for x in "AB"],
-            "names blocks.0.attention.query, but",
-        ),
         (lambda tensors: tensors.clear(), "holds no LoRA tensor"),
         (replaced(f"{QUERY}.lora_A.weight", torch.ones(3, 8)), r"must be \(r, in\) and lora_B \(out, r\)"),
         (replaced(f"{QUERY}.lora_A.weight", torch.ones(8)), r"must be \(r, in\)"),
@@ -327,15 +326,11 @@ def replaced(name, tensor):
             "query.lora_A.weight has entries.*NaN",
         ),
         (replaced(f"{QUERY}.lora_embedding_A", torch.ones(2, 8)), "query has lora_. twice"),
-        (replaced(f"{QUERY}.lora_magnitude_vector", torch.ones(8)), "kind of adapter that isn't supported"),
-        (replaced(f"{QUERY}.lora_B.bias", torch.ones(8)), "kind of adapter that isn't supported"),
+        (replaced(f"{QUERY}.lora_magnitude_vector", torch.ones(8)), "query isn't supported: DoRA"),
+        (replaced(f"{QUERY}.lora_B.bias", torch.ones(8)), "query has a bias in lora_B"),
         (replaced("base_model.model.head.bias", torch.ones(30)), "head.bias, which the model doesn't have"),
-        (
-            replaced("base_model.model.head.weight", torch.ones(30, 8)),
-            "its own head.weight, other than the model's",
-        ),
         (rename(f"{QUERY}.lora_A.weight", "query.lora_A.weight"), "name must start with base_model.model."),
-        (rename(f"{QUERY}.lora_A.weight", f"{QUERY}.lora_A"), "kind of adapter that isn't supported"),
+        (rename(f"{QUERY}.lora_A.weight", f"{QUERY}.lora_A"), "query has lora_B alone"),
         (
             lambda tensors: [
                 rename(f"{QUERY}.lora_{x}.weight", f"{QUERY}y.lora_{x}.weight")(tensors) for x in "AB"
@@ -384,6 +379,82 @@ def replaced(name, tensor):
     ],
 )
 def test_bad_tensors(folder, change, message):
+    with_tensors(folder, change)
+    refused(folder, message)
+
+
+def test_a_file_that_lacks_a_target_loads_with_a_warning_as_in_peft(folder):
+    with_tensors(folder, lambda tensors: [tensors.pop(f"{QUERY}.lora_{x}.weight") for x in "AB"])
+    model = tiny()
+    with pytest.warns(UserWarning, match="names 1 layers that the file has no tensors for, such as blocks.0"):
+        load_adapter(model, folder)
+    assert "blocks.0.attention.query" not in lora_layers(model) and len(lora_layers(model)) == 4
+
+
+@pytest.mark.parametrize(
+    "pattern", [r".*\.0\..*(query|key)$", r"(.*\.)?query", r"blocks\.(0|1)\.attention\.query"]
+)
+def test_ranks_are_those_of_the_tensors_whatever_the_pattern(tmp_path, pattern):
+    """The pattern need not even match as PEFT would match it: what was trained is in the tensors."""
+    model = tuned({"query": 3, "mlp.2": 2}, targets=["query", "mlp.2"])
+    folder = save_adapter(model, tmp_path / "adapter")
+    configured(folder, r=2, rank_pattern={pattern: 3}, lora_alpha=4, alpha_pattern={})
+    loaded = lora_layers(load_adapter(tiny(), folder))
+    assert {name.rpartition(".")[2]: each.rank for name, each in loaded.items()} == {"query": 3, "2": 2}
+
+
+def test_a_table_in_the_file_is_compared_in_the_coarser_dtype_and_else_taken(folder):
+    table = tiny().head.weight.detach()
+    with_tensors(folder, replaced("base_model.model.head.weight", table.bfloat16()))
+    model = load_adapter(tiny(), folder)
+    assert torch.equal(model.head.weight, table)  # the same base, rounded: the finer table stays
+    with_tensors(folder, replaced("base_model.model.head.weight", table + 1))
+    model = tiny()
+    with pytest.warns(UserWarning, match="its own head.weight, other than the model's"):
+        load_adapter(model, folder)
+    assert torch.equal(model.head.weight, table + 1)
+    remove_lora(model)
+    assert torch.equal(model.head.weight, table)
+
+
+def test_what_was_trained_beside_lora_is_loaded_saved_again_and_taken_out(folder, tmp_path):
+    """modules_to_save, single token rows and LoRA, there and back."""
+    rows = torch.full((2, 8), 5.0)
+    with_tensors(folder, replaced("base_model.model.head.weight", torch.full((30, 8), 3.0)))
+    with_tensors(folder, replaced("base_model.model.embedding.token_adapter.trainable_tokens_delta", rows))
+    configured(folder, modules_to_save=["head"], trainable_token_indices={"embedding": [4, 7]})
+    model = tiny()
+    before = portrait(model)
+    load_adapter(model, folder)
+    assert model.head.weight.eq(3).all() and model.head.weight.requires_grad
+    assert torch.equal(model.embedding.weight[[4, 7]], rows) and not model.embedding.weight.requires_grad
+    with torch.no_grad():
+        model.head.weight += 1
+    save_adapter(model, tmp_path / "again")
+    again = load_adapter(tiny(), tmp_path / "again")
+    assert again.head.weight.eq(4).all() and torch.equal(again(TOKENS), model(TOKENS))
+    remove_lora(model)
+    assert portrait(model) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            replaced("base_model.model.head.weight", torch.ones(34, 8)),
+            r"call model.resize_token_embeddings\(34\)",
+        ),
+        (
+            replaced("base_model.model.head.weight", torch.ones(30, 9)),
+            "differs in size between the file and the",
+        ),
+        (
+            replaced("base_model.model.embedding.token_adapter.trainable_tokens_delta", torch.ones(1, 8)),
+            "token rows of embedding.weight don't fit trainable_token_indices",
+        ),
+    ],
+)
+def test_whole_tensors_that_do_not_fit(folder, change, message):
     with_tensors(folder, change)
     refused(folder, message)
 

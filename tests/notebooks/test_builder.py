@@ -165,3 +165,10 @@ def test_the_replies_of_a_prediction_are_not_read_in_its_code(folder):
     chapter, _ = notebooks.editions("99_try", folder)
     hidden = [cell.source for cell in chapter.notebook.cells if "jupyter" in cell.metadata]
     assert len(hidden) == 1 and hidden[0].startswith('explore.predict("Why?"')
+
+
+def test_a_cell_that_is_tagged_folded_is(folder):
+    write_source(folder, CHAPTER.replace('# %% tags=["setup"]', '# %% tags=["setup", "folded"]'))
+    for edition in notebooks.editions("99_try", folder):
+        [cell] = [cell for cell in edition.notebook.cells if "jupyter" in cell.metadata]
+        assert cell.metadata.jupyter == {"source_hidden": True} and cell.source.startswith("import os")

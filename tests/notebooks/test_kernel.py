@@ -20,7 +20,7 @@ def check(folder: Path, *cells: tuple[str, str]) -> str:
     path = folder / "try.ipynb"
     path.write_text(writes(new_notebook(cells=made, metadata=metadata)), encoding="utf-8")
     settings = ["-p", "no:cacheprovider", "-c", str(REPOSITORY / "pyproject.toml"), f"--rootdir={REPOSITORY}"]
-    settings += ["-o", "pythonpath=."]  # so that `-p conftest` is the repository's own
+    settings += ["-o", "pythonpath=. tests/notebooks"]  # so that `-p conftest` is the repository's own
     command = [sys.executable, "-m", "pytest", *settings, "-p", "conftest", "--noconftest", "-q", str(path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8")
     return done.stdout + done.stderr
@@ -41,7 +41,7 @@ def test_a_cell_that_asks_for_the_network_fails_and_the_machine_itself_answers(t
     )
     output = check(tmp_path, *((cell, "") for cell in remote), (here, "127.0.0.1\n"))
     assert "5 failed, 1 passed" in output, output
-    assert output.count("the tests' kernels have no network") >= 4
+    assert output.count("this kernel has no network") >= 4
 
 
 def test_a_cell_that_writes_into_the_clone_fails(tmp_path):

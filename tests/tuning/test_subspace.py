@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from lora_edu import lowrank
 from lora_edu.lora import trainable_parameters
+from lora_edu.loss import next_token_loss
 from lora_edu.tinylm import TinyLM
-from lora_edu.training import Batches, evaluate, fit, next_token_loss
+from lora_edu.training import Batches, evaluate, fit
 from lora_edu.tuning import adjoint, project, remove_subspace, sparse_projection, subspace
 
 TOKENS = torch.arange(2000) * 7 % 40  # each token follows from the one before
@@ -46,7 +47,7 @@ def test_columns_are_orthonormal_and_the_adjoint_is_the_transpose(sizes, seed):
     assert torch.allclose(project(z, dial, factor), P @ z, atol=1e-5)
     assert torch.allclose(adjoint(g, dial, factor, dimension), P.T @ g, atol=1e-5)
     (gradient,) = torch.autograd.grad(project(z, dial, factor) @ g, z)
-    assert torch.equal(gradient, adjoint(g, dial, factor, dimension))
+    assert torch.allclose(gradient, P.T @ g, atol=1e-5)
 
 
 @pytest.mark.parametrize("dimension", [100, 1_000, 50_000, 2_728_000])
@@ -101,7 +102,7 @@ def test_the_gradient_of_z_is_P_transposed_times_the_full_gradient():
     next_token_loss(base, inputs, targets).backward()
     next_token_loss(model, inputs, targets).backward()
     whole = torch.cat([p.grad.flatten() for _, p in sorted(base.named_parameters())])
-    wanted = adjoint(whole, handle.dial, handle.factor, 50)
+    wanted = dense(handle.dial, handle.factor, 50).T @ whole
     assert torch.allclose(handle.z.grad, wanted, atol=1e-6) and wanted.norm() > 0.01
     originals = [p for p in model.parameters() if p is not handle.z]
     assert all(p.grad is None for p in originals), "no gradient of D numbers is kept"

@@ -1,4 +1,4 @@
-// Puts the live view of each explorer in the place of its starting picture. The widgets are ipywidgets' own; here is
+// Puts the live view of each explorer and prediction in the place of what stands there first. The widgets are ipywidgets' own; here is
 // only what holds them together on a page without a kernel: which widget is which, and a view for each that is shown.
 (() => {
   const widgets = window.courseWidgets;
@@ -36,6 +36,8 @@
     },
     callbacks: () => ({}),
     resolve_url: async (url) => url,
+    // Words in widgets are plain text; without this, ipywidgets would call MathJax 2, which is not there.
+    _rendermime: { latexTypesetter: { typeset() {} } },
     inline_sanitize: (text) => text.replace(/[<>&]/g, (letter) => `&#${letter.charCodeAt(0)};`),
   };
 
@@ -57,15 +59,19 @@
 
   // The live view is made out of sight, and takes the place of the start in one go: nothing on the page moves.
   async function enliven(place) {
-    const start = place.querySelector(".explorer-start");
-    const count = start.querySelectorAll(".explorer-row").length;
+    const start = place.querySelector(".explorer-start, .prediction-start");
+    const sliders = start.querySelectorAll(".explorer-row").length;
+    const buttons = start.querySelectorAll("li").length;
     const view = await manager.create_view(await manager.get_model(place.dataset.model));
     const live = document.createElement("div");
-    live.className = "explorer-live";
+    live.className = "live";
     const ready = new Promise((resolve) => {
       const look = () => {
         const image = live.querySelector("img");
-        if (image && live.querySelectorAll(".noUi-handle").length === count) image.decode().then(resolve);
+        const there = live.querySelectorAll(".noUi-handle").length === sliders
+          && live.querySelectorAll("button").length === buttons;
+        if (there && image) image.decode().then(resolve);
+        else if (there && buttons) resolve();
         else requestAnimationFrame(look);
       };
       look();
@@ -77,12 +83,12 @@
     await ready;
     live.querySelectorAll(".widget-slider").forEach(name_slider);
     start.remove();
-    place.classList.add("explorer-alive");
+    place.classList.add("alive");
   }
 
   (async () => {
     const links = Object.keys(states).filter((identity) => /LinkModel$/.test(states[identity].model_name));
     await Promise.all(links.map((identity) => manager.get_model(identity)));
-    for (const place of document.querySelectorAll(".explorer")) await enliven(place);
+    for (const place of document.querySelectorAll("[data-model]")) await enliven(place);
   })();
 })();

@@ -1,6 +1,6 @@
 """LoRA with its random factor frozen: the fair rival of a random subspace, since this too is one.
 
-Not plain LoRA, where both factors are trained (lora.py).
+Not plain LoRA, where both factors are trained (`lora_edu.lora.add_lora`).
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_edu.lora import add_lora, lora_layers
 
-from .lora import EVERYWHERE
+EVERYWHERE = (nn.Linear, nn.Embedding)
 
 
 def frozen_A(
@@ -19,7 +19,9 @@ def frozen_A(
     The other factor stays as `seed` draws it, so ΔW is a *linear* function of what is trained: of lora_B (out, r) in a
     linear layer, where lora_A is random, and of lora_A (V, r) in an embedding, where lora_B is random. What is
     trained is a point in a subspace of r · out (or r · V) dimensions a layer, as in a random subspace, but every ΔW in
-    it has rank ≤ r. Zhang et al. (2023, LoRA-FA) train this to save memory. `options`: those of `add_lora`.
+    it has rank ≤ r. Zhang et al. (2023, LoRA-FA) train this to save memory.
+
+    `alpha` is the rank (s = 1) unless given; `options`: those of `add_lora`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

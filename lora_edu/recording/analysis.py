@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_edu import lowrank
-from lora_edu.data.sweeps import RANKS, SETTINGS, STEPS
+from lora_edu.data.runs import RANKS, tuned_runs, usual_runs
 
 KINDS = ("embedding", "query", "key", "value", "output", "up", "down", "head")
 BLOCKS = KINDS[1:-1]
@@ -164,36 +164,6 @@ def _rounded(value: float) -> float:
 
 
 # ---- all of it ---------------------------------------------------------------------------------------------------
-
-
-def usual_runs(rows: Iterable[Mapping]) -> list[Mapping]:
-    """LoRA on all matrices and full tuning on the whole reference text, 200 steps, s = 1: any rank, rate and seed."""
-    usual = {k: SETTINGS[k] for k in ("text", "scale", "targets", "patience")} | {"steps": STEPS}
-    return [
-        row
-        for row in rows
-        if row["method"] in ("lora", "full")
-        and row["test"] is not None
-        and all(row[key] == value for key, value in usual.items())
-    ]
-
-
-def tuned_runs(rows: Iterable[Mapping]) -> dict[tuple[int | None, int], Mapping]:
-    """(rank, seed) → the row at the tuned rate; rank None: full tuning.
-
-    The tuned rate is that of the runs whose seed is not 0; at a rank without such runs, the only one it was run at.
-    """
-    rows, rates = usual_runs(rows), {}
-    for row in rows:
-        rates.setdefault(row["rank"], {}).setdefault(row["seed"] > 0, set()).add(
-            (row["rate"], row["embedding"])
-        )
-    tuned = {rank: found.get(True, found.get(False)) for rank, found in rates.items()}
-    return {
-        (row["rank"], row["seed"]): row
-        for row in rows
-        if tuned[row["rank"]] == {(row["rate"], row["embedding"])}
-    }
 
 
 def analyse(

@@ -1,6 +1,6 @@
-"""Loaded by every Python the tests' kernels start: no connection leaves the machine, no write hits the clone.
+"""Loaded by every Python that a guarded kernel starts: no connection leaves the machine, no write hits the clone.
 
-Not for the tests themselves. An audit hook sees every attempt, whichever library makes it.
+Only Python's own library. An audit hook sees every attempt, whichever library makes it.
 """
 
 import os
@@ -34,7 +34,7 @@ def watch(event, arguments):
 def refuse_remote(host):
     host = host.decode() if isinstance(host, bytes) else host
     if host and not host.startswith(LOOPBACK):
-        raise ConnectionRefusedError(f"the tests' kernels have no network; asked for {host}")
+        raise ConnectionRefusedError(f"this kernel has no network; asked for {host}")
 
 
 def refuse_inside(path):

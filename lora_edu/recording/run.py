@@ -1,17 +1,14 @@
-"""Recorded sweeps: many tuning runs of TinyLM, each with its seed and command, any of which can be run again.
+"""One recorded run of TinyLM: prepared, trained, measured, kept; many of them side by side; one found again.
 
-A run is a dictionary of settings (`SETTINGS`); its row in data/sweeps.json is that and what came out. The training
-loop is training.py's, the methods are lora/'s and tuning/'s; this file only says which runs, and keeps their rows.
+Which runs there are is sweeps.py's. The training loop is training.py's, the methods are lora/'s and tuning/'s.
 """
 
-import difflib
 import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,17 +20,14 @@ from torch.nn import functional as F
 
 from lora_edu import lowrank
 from lora_edu.data import corpus, shipped
+from lora_edu.data.runs import BATCH, RANKS, SETTINGS, name_of
 from lora_edu.lora import add_lora, lora_layers, trainable_parameters
 from lora_edu.paths import write_atomically
+from lora_edu.text import nearest
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, History, disjoint_windows, evaluate, fit
 from lora_edu.tuning import frozen_A, subspace
 
-STEPS, BATCH = (
-    200,
-    8,
-)  # 200 steps of 8 × 256 tokens: 410 000, three fifths of the reference text's training part
-RANKS = (1, 2, 4, 8, 16, 32, 64)
 ATTENTION, MLP = ("query", "key", "value", "output"), ("up", "down")
 TARGETS = {
     "all": ("embedding", "head", *ATTENTION, *MLP),
@@ -46,40 +40,6 @@ TARGETS = {
         f"blocks.3.{name}" for name in (*(f"attention.{a}" for a in ATTENTION), *(f"mlp.{m}" for m in MLP))
     ),
 }
-# A run's settings and what they are where a run doesn't name them. rank: of all targets, or by target. scale: s, the
-# factor before BA. embedding: the embedding's learning rate as a share of the others'.
-SETTINGS = {
-    "text": "reference",  # or manual; reference/10, a tenth of it; planted: code, towards chapter 03's planted model
-    "method": "lora",  # or full, subspace, frozen A
-    "rank": None,
-    "scale": 1.0,
-    "targets": "all",
-    "dimension": None,
-    "rate": None,
-    "embedding": 1 / 3,
-    "seed": 0,
-    "steps": STEPS,
-    "patience": None,
-}
-
-
-def run_of(**settings) -> dict:
-    """The settings of a run, complete. Raises KeyError for a name that is none."""
-    if unknown := set(settings) - set(SETTINGS):
-        raise KeyError(f"unknown settings {sorted(unknown)}; there are {', '.join(SETTINGS)}")
-    return SETTINGS | settings
-
-
-def name_of(run: Mapping) -> str:
-    """A run's name: the settings that differ from the usual ones. It is a file's name, too."""
-    words = [str(run["method"])]
-    for key, usual in SETTINGS.items():
-        if key != "method" and run[key] != usual:
-            value = run[key]
-            if isinstance(value, Mapping):
-                value = "+".join(f"{name}.{number}" for name, number in value.items())
-            words.append(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}")
-    return " ".join(words).replace("/", "_")
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------
@@ -178,7 +138,6 @@ def row_of(run: Mapping, model: nn.Module, history: History) -> dict:
         "stopped": history.stopped,
         "tokens": history.tokens,
         "seconds": round(history.seconds, 1),
-        "peak_memory": history.peak_memory,
     }
 
 
@@ -195,7 +154,7 @@ def measure(model: nn.Module, tokens: Tensor, context: int = 256) -> dict[str, f
 
 
 def planted_model() -> TinyLM:
-    """The base with chapter 03's planted rank-2 ΔW in one matrix (`data.make` planted it)."""
+    """The base with chapter 03's planted rank-2 ΔW in one matrix (`recording.make` planted it)."""
     base, matrix = shipped.load_checkpoint("base"), shipped.manifest()["stages"]["planted"]["matrix"]
     return TinyLM.from_state_dict(
         base | {matrix: base[matrix] + shipped.load_checkpoint("planted")["planted"]}
@@ -275,228 +234,6 @@ def changes(run: Mapping, model: nn.Module) -> dict[str, Tensor]:
     return {name: (p - base.get(name, 0)).half().contiguous() for name, p in trained.items()}
 
 
-# ---- which runs ------------------------------------------------------------------------------------------------
-
-# Rates tried for full tuning and for LoRA at three ranks, a factor of two apart, until the best lies between others.
-FULL_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
-LORA_RATES = {
-    1: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2),
-    8: (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
-    64: (1.5e-3, 3e-3, 6e-3, 1.2e-2),
-}
-SEEDS = (0, 1, 2)
-SHORT = 100  # steps of the runs that compare settings with one another
-# Subspaces: numbers trained, and the rate as c √(D / d): P's entries are √(d / D), so c is how far Adam moves a weight.
-# Three c at the dimensions below; the middle one was the best or as good everywhere, so bisection's dimensions get it.
-SIZES = {"all": 2_728_000, "blocks": 727_800}
-DIMENSIONS = {
-    "all": (1_000, 10_000, 100_000, 1_000_000),
-    "blocks": (10_000, 100_000, SIZES["blocks"]),
-}
-WEIGHT_RATES = (3e-3, 6e-3, 1.2e-2)
-NARROW = 1.4  # seeds of full tuning move d₉₀ by about as much
-FROZEN_RATES = {8: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2), 64: (6e-3, 1.2e-2, 2.4e-2)}  # by rank
-TARGET_RATES = (6e-3, 1.2e-2, 2.4e-2)
-BUDGET = {  # some 80 000 parameters each
-    "embedding": 8,
-    "head": 8,
-    "attention": 17,
-    "mlp": 13,
-    "blocks": 7,
-    "all": {"embedding": 2, "head": 2, **dict.fromkeys((*ATTENTION, *MLP), 4)},
-}
-SCARCE = ("reference/10", "manual")
-
-
-def rates() -> list[dict]:
-    """The learning rate of full tuning, and of LoRA at three ranks; then the embedding at the others' rate."""
-    full = [run_of(method="full", rate=rate) for rate in FULL_RATES]
-    full += [run_of(method="full", rate=rate, embedding=1.0) for rate in FULL_RATES[1:3]]
-    lora = [run_of(rank=rank, rate=rate) for rank, grid in LORA_RATES.items() for rate in grid]
-    lora += [run_of(rank=8, rate=rate, embedding=1.0) for rate in LORA_RATES[8][2:4]]
-    return full + lora
-
-
-def best(rows: Iterable[Mapping], **settings) -> dict:
-    """The row with these settings whose validation loss is lowest."""
-    fitting = [
-        row
-        for row in rows
-        if row["test"] is not None and all(row[key] == value for key, value in settings.items())
-    ]
-    if not fitting:
-        raise ValueError(f"no run has been recorded with {settings}")
-    return min(fitting, key=lambda row: min(each["loss"] for each in row["evaluations"]))
-
-
-def rate_for(rows: Iterable[Mapping], rank: int) -> float:
-    """LoRA's tuned learning rate at a rank: found at 1, 8 and 64 (the embedding at a third of it), between them on a
-    straight line in the logarithms."""
-    usual = {"method": "lora", "text": "reference", "targets": "all", "scale": 1.0, "steps": STEPS, "seed": 0}
-    usual |= {"embedding": SETTINGS["embedding"]}
-    tuned = [(math.log2(r), math.log(best(rows, rank=r, **usual)["rate"])) for r in LORA_RATES]
-    at = math.log2(rank)
-    (x0, y0), (x1, y1) = next(pair for pair in pairwise(tuned) if at <= pair[1][0])
-    return float(f"{math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0)):.2g}")
-
-
-def embedding_for(rows: Iterable[Mapping]) -> float:
-    """The embedding's rate as a share of the others': the better of the two tried at rank 8, the same for all ranks."""
-    return best(rows, rank=8, method="lora", text="reference", targets="all", scale=1.0, steps=STEPS, seed=0)[
-        "embedding"
-    ]
-
-
-def tuned(rows: Iterable[Mapping], rank: int, **settings) -> dict:
-    """LoRA on every matrix at the tuned rates."""
-    return run_of(rank=rank, rate=rate_for(rows, rank), embedding=embedding_for(rows), **settings)
-
-
-def tuned_full(rows: Iterable[Mapping]) -> dict:
-    """Full tuning at the tuned rates."""
-    return best(rows, method="full", text="reference", steps=STEPS, seed=0)
-
-
-def ranks(rows: Iterable[Mapping]) -> list[dict]:
-    """LoRA at every rank and full tuning at their tuned rates, three seeds each."""
-    full = tuned_full(rows)
-    found = [tuned(rows, r, seed=seed) for seed in SEEDS for r in RANKS]
-    return found + [
-        run_of(method="full", rate=full["rate"], embedding=full["embedding"], seed=s) for s in SEEDS
-    ]
-
-
-def subspaces() -> list[dict]:
-    """Random subspaces of all parameters and of the blocks alone, and LoRA with its random factor frozen.
-
-    In the blocks' largest, d = D, P only reorders and flips signs: that is full tuning of the blocks.
-    """
-    random = [
-        run
-        for scope, dimensions in DIMENSIONS.items()
-        for d in dimensions
-        for run in _subspace(scope, d, WEIGHT_RATES)
-    ]
-    frozen = [
-        run_of(method="frozen A", rank=r, targets=targets, rate=rate)
-        for r, targets in ((8, "all"), (64, "all"), (8, "blocks"))
-        for rate in FROZEN_RATES[r]
-    ]
-    return random + frozen
-
-
-def _subspace(scope: str, d: int, weight_rates: Iterable[float]) -> list[dict]:
-    rates = [float(f"{c * math.sqrt(SIZES[scope] / d):.3g}") for c in weight_rates]
-    return [run_of(method="subspace", targets=scope, dimension=d, rate=rate) for rate in rates]
-
-
-def by_dimension(rows: Iterable[Mapping], scope: str) -> dict[int, dict]:
-    """Dimension d → the run in a subspace of it whose rate was best on validation text; d = D: full tuning."""
-    rows = list(rows)
-    runs = {"method": "subspace", "targets": scope, "text": "reference", "steps": STEPS, "seed": 0}
-    sizes = {row["dimension"] for row in rows if runs.items() <= row.items() and row["test"] is not None}
-    found = {d: best(rows, dimension=d, **runs) for d in sorted(sizes)}
-    return found | ({SIZES["all"]: tuned_full(rows)} if scope == "all" else {})
-
-
-def levels(before: float, full: float) -> dict[str, float]:
-    """The accuracy at d₉₀ of the performance, which counts from zero, and of the gain, which counts from the base."""
-    return {"performance": 0.9 * full, "gain": before + 0.9 * (full - before)}
-
-
-def around(runs: Mapping[int, Mapping], level: float) -> tuple[int, int]:
-    """(the largest d below the smallest that reaches an accuracy, that smallest d), of the runs by dimension."""
-    above = min(d for d, row in runs.items() if row["accuracy"] >= level)
-    return max(d for d in runs if d < above), above
-
-
-def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict]:
-    """d₉₀ bisected in log d, for all parameters and the blocks, of the performance and of the gain.
-
-    The interval between two dimensions of the stage `subspaces` is halved until its ends are within a factor of
-    `NARROW`. Which d comes next depends on what came out, so these are the runs that the rows so far ask for: ask again
-    when they are done, until no new one comes. `before` is the base's accuracy, computed if it isn't given.
-    """
-    rows = list(rows)
-    before = _base_accuracy() if before is None else before
-    asked: dict[str, dict] = {}
-    for scope, grid in DIMENSIONS.items():
-        known = by_dimension(rows, scope)
-        for level in levels(before, known[SIZES[scope]]["accuracy"]).values():
-            low, high = around({d: row for d, row in known.items() if d in (*grid, SIZES[scope])}, level)
-            while high / low > NARROW:
-                middle = int(float(f"{math.sqrt(low * high):.2g}"))
-                asked |= {name_of(run): run for run in _subspace(scope, middle, WEIGHT_RATES[1:2])}
-                if middle not in known:
-                    break
-                low, high = (low, middle) if known[middle]["accuracy"] >= level else (middle, high)
-    return list(asked.values())
-
-
-@cache
-def _base_accuracy() -> float:
-    base = TinyLM.from_state_dict(shipped.load_checkpoint("base"))
-    return measure(base, texts("reference")["test"])["accuracy"]
-
-
-def scaling(rows: Iterable[Mapping]) -> list[dict]:
-    """Short runs: alpha / r against alpha / √r at one rate, alpha beside the rate, and the embedding's own rate."""
-    rate, short = rate_for(rows, 8), {"steps": SHORT, "embedding": embedding_for(rows)}
-    by_rank = [
-        run_of(rank=r, rate=rate, scale=float(f"{scale:.4g}"), **short)
-        for r in RANKS[::3]
-        for scale in (8 / r, math.sqrt(8 / r))
-    ]
-    by_size = [
-        run_of(rank=8, rate=rate * faster, scale=larger, **short)
-        for factor in (0.5, 1.0, 2.0, 4.0)
-        for faster, larger in ((factor, 1.0), (1.0, factor))
-    ]
-    exchanged = [run_of(rank=8, rate=rate * c**-0.5, scale=c, **short) for c in (0.25, 4.0)]
-    own = [run_of(rank=8, rate=rate, **short | {"embedding": share}) for share in (1.0, 1 / 3, 0.1)]
-    return by_rank + by_size + exchanged + own
-
-
-def targets() -> list[dict]:
-    """Short runs: some 80 000 parameters spent on different matrices, three rates each."""
-    return [
-        run_of(
-            rank=rank, targets=name, rate=rate, embedding=1.0 if name == "embedding" else 1 / 3, steps=SHORT
-        )
-        for name, rank in BUDGET.items()
-        for rate in TARGET_RATES
-    ]
-
-
-def scarce(rows: Iterable[Mapping]) -> list[dict]:
-    """Little text: full tuning and LoRA, stopped early, at the rate tuned on plenty of it, a third and a ninth."""
-    full = tuned_full(rows)
-    methods = [
-        ({"method": "full", "embedding": full["embedding"]}, full["rate"]),
-        *(({"rank": r}, rate_for(rows, r)) for r in (1, 8)),
-    ]
-    return [
-        run_of(text=text, rate=float(f"{rate * factor:.3g}"), steps=150, patience=2, **settings)
-        for text in SCARCE
-        for factor in (1 / 9, 1 / 3, 1.0)
-        for settings, rate in methods
-    ]
-
-
-def planted() -> list[dict]:
-    """LoRA of rank 1, 2 and 4 on the block of chapter 03's planted update, towards the planted model."""
-    return [
-        run_of(text="planted", rank=r, targets="block 3", rate=rate, steps=400)
-        for rate in (3e-3, 1e-2, 3e-2)
-        for r in (1, 2, 4)
-    ]
-
-
-def short() -> list[dict]:
-    """A run of a few seconds, recorded so that a test can repeat it."""
-    return [run_of(rank=1, rate=1.2e-2, targets="blocks", steps=8)]
-
-
 def base_losses() -> dict[str, dict[str, float]]:
     """Text → what a row of the untuned base would say: test, accuracy, code, and those of an evaluation."""
     base = TinyLM.from_state_dict(shipped.load_checkpoint("base")).eval()
@@ -506,27 +243,12 @@ def base_losses() -> dict[str, dict[str, float]]:
         "code validation": evaluate(base, code.validation[:10_241]),
     }
     losses = {"planted": {"test": distance(base, code.test)}}
-    for name in ("reference", *SCARCE):
+    for name in ("reference", "reference/10", "manual"):
         text = texts(name)
         losses[name] = (
             measure(base, text["test"]) | {"validation": evaluate(base, text["validation"])} | shared
         )
     return {name: {key: round(value, 4) for key, value in each.items()} for name, each in losses.items()}
-
-
-# Stage → its runs, given the rows of the stages before it; asked again with its own, it may want more.
-STAGES: dict[str, Callable[[list[dict]], list[dict]]] = {
-    "rates": lambda rows: rates(),
-    "ranks": ranks,
-    "subspaces": lambda rows: subspaces(),
-    "bisection": bisection,
-    "scaling": scaling,
-    "targets": lambda rows: targets(),
-    "scarce": scarce,
-    "planted_lora": lambda rows: planted(),
-    "short": lambda rows: short(),
-}
-TRUNCATED = ("ranks", "scarce")  # stages in which full tuning's ΔW is cut to every rank
 
 
 # ---- many runs -------------------------------------------------------------------------------------------------
@@ -585,7 +307,7 @@ def check(rows: list[dict], names: Iterable[str], folder: Path) -> Iterator[tupl
     recorded = {row["name"]: row for row in rows}
     for name in names:
         if name not in recorded:
-            close = difflib.get_close_matches(name, recorded, n=3, cutoff=0)
+            close = nearest(name, recorded, cutoff=0)
             raise ValueError(f"no row is named {name!r}; close to it: {', '.join(map(repr, close))}")
     allowed = tolerance(rows)
     for name in names:

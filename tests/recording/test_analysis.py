@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from lora_edu.data import analysis
-from lora_edu.data.sweeps import run_of
+from lora_edu.data.runs import run_of, tuned_runs
 from lora_edu.lora import add_lora, lora_layers
+from lora_edu.recording import analysis
 from lora_edu.tinylm import TinyLM
 
 TARGETS = ["embedding", "head", "query", "key", "value", "output", "up", "down"]
@@ -25,7 +25,9 @@ def adapter(rank, seed, spread=1.0):
 
 
 def row(**settings):
-    return run_of(**settings) | {"test": 4.0, "name": str(settings)}
+    """A recorded row; of two rates the larger is the better one."""
+    run = run_of(**settings)
+    return run | {"test": 4.0, "name": str(settings), "evaluations": [{"loss": 1 / run["rate"]}]}
 
 
 def test_updates_are_the_layers_own():
@@ -117,11 +119,11 @@ def test_nothing_changed_is_no_intruder():
     assert not any(found["found"].values()) and not any(found["shuffled"].values())
 
 
-def test_the_tuned_rate_is_that_of_the_later_seeds():
+def test_the_tuned_rate_is_that_of_the_best_run_of_seed_0():
     rows = [row(rank=8, rate=rate) for rate in (0.003, 0.01)] + [row(rank=8, rate=0.01, seed=1)]
     rows += [row(method="full", rate=0.006), row(rank=8, rate=0.01, seed=1, text="manual")]
-    rows += [row(rank=1, rate=rate) for rate in (0.01, 0.03)]  # which of them is not known
-    assert analysis.tuned_runs(rows) == {(8, 0): rows[1], (8, 1): rows[2], (None, 0): rows[3]}
+    rows += [row(rank=2, rate=0.02)]  # between ranks whose rates are not known
+    assert tuned_runs(rows) == {(8, 0): rows[1], (8, 1): rows[2], (None, 0): rows[3]}
 
 
 def test_all_of_it_leaves_out_what_is_not_there():

@@ -1,4 +1,4 @@
-"""One call for every way to tune, and LoRA with its random factor frozen as a linear subspace."""
+"""LoRA with its random factor frozen: a linear subspace of updates of low rank."""
 
 import pytest
 import torch
@@ -6,36 +6,28 @@ from tiny_models import TOKENS, tiny, train
 from torch import nn
 
 from lora_edu.lora import lora_layers, trainable_parameters
-from lora_edu.tuning import make_tunable
+from lora_edu.tuning import frozen_A
 
 
 @pytest.mark.parametrize(
-    "method, options, numbers",
+    "options, numbers",
     [
-        ("full", {}, sum(p.numel() for p in tiny().parameters())),
-        ("lora", {"rank": 2, "targets": "query"}, 2 * 2 * (8 + 8)),
-        ("frozen_A", {"rank": 2}, 2 * (30 + 30 + 2 * (4 * 8 + 32 + 8))),
-        ("frozen_A", {"rank": 3, "targets": "embedding"}, 3 * 30),
-        ("frozen_A", {"rank": 3, "targets": ["key", "output"]}, 3 * 2 * (8 + 8)),
-        ("subspace", {"dimension": 12}, 12),
+        ({"rank": 2}, 2 * (30 + 30 + 2 * (4 * 8 + 32 + 8))),
+        ({"rank": 3, "targets": "embedding"}, 3 * 30),
+        ({"rank": 3, "targets": ["key", "output"]}, 3 * 2 * (8 + 8)),
     ],
 )
-def test_each_method_trains_what_it_says_from_the_base_on(method, options, numbers):
+def test_it_trains_one_factor_from_the_base_on(options, numbers):
     base, model = tiny(), tiny()
-    assert make_tunable(model, method, **options) is model
+    assert frozen_A(model, **options) is model
     assert torch.equal(model(TOKENS), base(TOKENS))
     assert sum(p.numel() for p in trainable_parameters(model)) == numbers
     train(model)
     assert not torch.equal(model(TOKENS), base(TOKENS))
 
 
-def test_a_method_that_is_not_there_is_answered_with_those_that_are():
-    with pytest.raises(ValueError, match="'full', 'lora', 'frozen_A', 'subspace'; got 'prefix'"):
-        make_tunable(tiny(), "prefix")
-
-
 def test_with_the_random_factor_frozen_the_update_is_linear_in_what_is_trained():
-    model = make_tunable(tiny(), "frozen_A", rank=2, alpha=5)
+    model = frozen_A(tiny(), rank=2, alpha=5)
     trained = trainable_parameters(model)
     first, second = ([torch.randn_like(p) for p in trained] for _ in range(2))
 
@@ -53,11 +45,11 @@ def test_with_the_random_factor_frozen_the_update_is_linear_in_what_is_trained()
 
 def test_the_frozen_factor_is_the_random_one_and_follows_the_seed():
     torch.manual_seed(1)
-    model = make_tunable(tiny(), "frozen_A", rank=2, seed=7)
+    model = frozen_A(tiny(), rank=2, seed=7)
     after = torch.get_rng_state()
     torch.manual_seed(2)
-    twin = make_tunable(tiny(), "frozen_A", rank=2, seed=7)
-    other = make_tunable(tiny(), "frozen_A", rank=2, seed=8)
+    twin = frozen_A(tiny(), rank=2, seed=7)
+    other = frozen_A(tiny(), rank=2, seed=8)
     for name, layer in lora_layers(model).items():
         frozen, trained = layer.lora_A, layer.lora_B
         if isinstance(layer, nn.Embedding):

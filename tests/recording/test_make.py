@@ -6,7 +6,12 @@ import json
 import pytest
 import torch
 
-from lora_edu.data import make, shipped
+from lora_edu.data import corpus, shipped
+from lora_edu.data.runs import name_of, run_of
+from lora_edu.recording import make, sweeps
+from lora_edu.recording import run as runner
+from lora_edu.tinylm import TinyLM
+from lora_edu.training import evaluate
 
 
 @pytest.fixture
@@ -21,6 +26,44 @@ def test_a_finished_stage_is_not_run_again(maker, monkeypatch, capsys):
     make.Maker(maker.out, maker.work).run(until="tokenizer")
     assert runs == [1] and '"vocabulary": 3' in capsys.readouterr().out
     assert maker.facts()["tokenizer"]["seconds"] >= 0
+
+
+def test_a_stage_whose_constants_changed_is_run_again(maker, monkeypatch):
+    runs = []
+    monkeypatch.setattr(make.Maker, "base", lambda self: runs.append(1) or {})
+    maker.run(only="base")
+    maker.run(only="base")
+    assert runs == [1]
+    monkeypatch.setitem(make.CONSTANTS, "base", (7, make.BASE_STEPS, make.BASE_RATE))
+    maker.run(only="base")
+    assert runs == [1, 1] and maker.done("base") and make.constants_of("tune") != make.constants_of("base")
+
+
+def test_a_stage_of_the_sweeps_is_done_until_it_asks_for_a_run_that_is_missing(maker, monkeypatch):
+    first, second = (
+        run_of(rank=2, rate=rate, targets="mlp", text="manual", steps=3) for rate in (0.01, 0.02)
+    )
+    asked = []
+
+    def record_all(runs, folder, **options):
+        asked.append([run["rate"] for run in runs])
+        return [run | {"name": name_of(run), "test": 1.0} for run in runs]
+
+    monkeypatch.setattr(make, "record_all", record_all)
+    monkeypatch.setitem(sweeps.STAGES, "short", lambda rows: [first])
+    maker.run(only="short")
+    maker.run(only="short")
+    assert asked == [[0.01]] and maker.done("short")
+    monkeypatch.setitem(sweeps.STAGES, "short", lambda rows: [first, second])
+    assert not maker.done("short")
+    maker.run(only="short")
+    assert asked == [[0.01], [0.02]] and maker.facts()["short"]["runs"] == 2
+
+
+def test_every_recorded_stage_is_done_with_the_constants_of_today(monkeypatch, tmp_path):
+    maker = make.Maker(shipped.data_folder(), tmp_path)
+    monkeypatch.setattr(sweeps, "_base_accuracy", lambda: shipped.load_base_losses()["reference"]["accuracy"])
+    assert all(maker.done(stage) for stage in make.STAGES)
 
 
 def test_what_ships_is_half_precision_and_described(maker):
@@ -46,19 +89,23 @@ def test_the_planted_update_has_the_rank_and_size_that_the_manifest_says():
 
 
 def test_the_shipped_updates_start_from_the_base_as_shipped():
-    """W_o + ΔW must be the tuned model: its recorded loss is far below the base's, on text that it has not seen."""
-    table = shipped.manifest()["stages"]["losses"]["nats a token, bits a byte"]["reference"]
+    """W_o + ΔW must be the tuned model: far better than the base on docstrings that neither has seen."""
+    base, text = shipped.load_checkpoint("base"), corpus.load_corpus("reference").test
+    part = text.unfold(0, 256, 8192).flatten()  # a window of every thirty-second, over all documents
+    loss = lambda state: evaluate(TinyLM.from_state_dict(state), part)
+    before = loss(base)
     for seed in (0, 1):
-        assert table[f"reference_seed_{seed}"][0] < table["base"][0] - 1
+        delta = shipped.load_checkpoint(f"reference_seed_{seed}")
+        assert loss(make.add(base, delta)) < before - 1.5
+        shuffled = {name: dW.flip(0) for name, dW in delta.items()}  # the same numbers, no longer an update
+        assert loss(make.add(base, shuffled)) > before - 0.5
 
 
 @pytest.mark.slow
 def test_a_stage_of_the_sweeps_adds_its_rows_and_an_adapter_is_made_of_one(tmp_path, monkeypatch):
-    from lora_edu.data import sweeps
     from lora_edu.lora import load_adapter, lora_layers
-    from lora_edu.tinylm import TinyLM
 
-    run = sweeps.run_of(rank=2, rate=1e-2, targets="mlp", text="manual", steps=3)
+    run = run_of(rank=2, rate=1e-2, targets="mlp", text="manual", steps=3)
     monkeypatch.setitem(sweeps.STAGES, "short", lambda rows: [run])
     maker = make.Maker(tmp_path / "data", tmp_path / "work")
     assert maker.sweep("short") == {"runs": 1, "failed": 0}
@@ -73,7 +120,7 @@ def test_a_stage_of_the_sweeps_adds_its_rows_and_an_adapter_is_made_of_one(tmp_p
     maker.adapters()
     base = shipped.load_checkpoint("base")
     model = load_adapter(TinyLM.from_state_dict(base), maker.out / "adapters" / "some")
-    trained, _ = sweeps.train(run)
+    trained, _ = runner.train(run)
     for name, layer in lora_layers(trained).items():
         mine = lora_layers(model)[name]
         assert (
