@@ -713,12 +713,12 @@ def rate_curves(axes: Axes, losses: Mapping[str, Mapping[float, float]], **label
 
 
 @style()
-def level_grid(axes: Axes, grid, rows: Sequence[int], columns: Sequence[int], **labels) -> AxesImage:
-    """Values from 0 to 1 as a table of coloured cells with the value in each; `labels` go to Axes.set."""
+def level_grid(axes: Axes, grid, rows: Sequence, columns: Sequence, high: float = 1.0, **labels) -> AxesImage:
+    """Values from 0 to `high` as a table of coloured cells with the value in each; `labels` go to Axes.set."""
     values = np.asarray(grid, float)
-    image = axes.imshow(values, vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(values, vmin=0, vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if value < 0.6 else BLACK
+        colour = "white" if value < 0.6 * high else BLACK
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(len(columns)), [str(each) for each in columns])
     axes.set_yticks(range(len(rows)), [str(each) for each in rows])

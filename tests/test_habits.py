@@ -3,6 +3,7 @@
 import re
 import tomllib
 
+import hypothesis
 import pytest
 import yaml
 
@@ -30,6 +31,13 @@ def test_an_action_has_one_hash_in_all_workflows():
         for name, version in re.findall(r"uses: (\S+)@(.+)", path.read_text(encoding="utf-8")):
             used.setdefault(name, set()).add(version)
     assert all(len(versions) == 1 for versions in used.values()), used
+
+
+def test_the_nightly_run_looks_for_new_examples():
+    """By a profile that conftest.py registers."""
+    nightly = (REPOSITORY / ".github/workflows/nightly.yml").read_text(encoding="utf-8")
+    names = set(re.findall(r"HYPOTHESIS_PROFILE: (\S+)", nightly))
+    assert names and not any(hypothesis.settings.get_profile(name).derandomize for name in names)
 
 
 def test_pythons_that_are_promised_are_tested():

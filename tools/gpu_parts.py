@@ -4,10 +4,8 @@ Not for the order, the time and the files of a run: on_a_gpu.py has these. A par
 the list of what its earlier items found, so that a later item can build on it, also after a restart.
 """
 
-import contextlib
 import functools
 import itertools
-import multiprocessing
 import os
 import random
 import statistics
@@ -15,14 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from typing import NamedTuple
 
-import compiled_kernels
 import gpu_embedding
 import kernel_cases
 import torch
 import torch.nn.functional as F
+from gpu_compile import Compiler, Variant
 from torch import Tensor, nn
 
 from lora_edu.counting.traffic import linear_bytes, linear_operations
@@ -48,66 +45,6 @@ GAIN = 1.02  # a tile that wins by less than this over the one that ships does n
 class Item(NamedTuple):
     inputs: dict  # what is tried, enough to try it again
     run: Callable[[], object]  # says what was found
-
-
-# Compiling ahead, on all the CPU's cores, into Triton's cache
-
-
-class Variant(NamedTuple):
-    """A kernel to compile: "forward", "backward" or "deterministic", with the tile that ships if none is named."""
-
-    kernel: str
-    dtype: str
-    rank: int
-    width: int
-    blocks: Blocks | None = None
-
-
-def compile_variant(variant: Variant, capability: int) -> float:
-    """Seconds that it takes; run in a process of its own, where nothing is interpreted and no card is asked for."""
-    began = time.perf_counter()
-    blocks = Blocks(*variant.blocks) if variant.blocks else None
-    dtype = getattr(torch, variant.dtype)
-    compiled_kernels.compile_kernel(variant.kernel, dtype, variant.rank, capability, variant.width, blocks)
-    return time.perf_counter() - began
-
-
-def compile_case(case: dict, capability: int) -> float:
-    """The same for both kernels of a random case of kernel_cases.py."""
-    began = time.perf_counter()
-    kernel_cases.ON = "cpu"
-    tokens, W, A, B, G = kernel_cases.inputs(case)
-    padding = -1 if case["padding_idx"] is None else case["padding_idx"] % case["vocabulary"]
-    with compiled_kernels.compiling(capability):
-        kernels.look_up(tokens, W, A, B, 1.7, padding)
-        kernels.gradients(G, tokens, A, B, 1.7, padding, case["deterministic"])
-    return time.perf_counter() - began
-
-
-class Compiler:
-    """A pool of processes that compile for a card of this capability, what is asked for first first."""
-
-    def __init__(self, capability: int, processes: int):
-        self.capability, self.futures = capability, {}
-        self.pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-
-    def ask(self, variant: Variant) -> Future:
-        if variant not in self.futures:
-            self.futures[variant] = self.pool.submit(compile_variant, variant, self.capability)
-        return self.futures[variant]
-
-    def ask_case(self, number: int, case: dict) -> Future:
-        if number not in self.futures:
-            self.futures[number] = self.pool.submit(compile_case, case, self.capability)
-        return self.futures[number]
-
-    def forget(self) -> None:
-        """Drop what is asked for and not begun: nobody waits for it any more, and it would disturb the clock."""
-        for future in self.futures.values():
-            future.cancel()
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Session:
@@ -272,7 +209,8 @@ def shipped(kernel: str, shape: dict) -> Blocks:
 
 def first_tiles(session: Session, kernel: str, shape: dict) -> list[Blocks]:
     itemsize = getattr(torch, shape["dtype"]).itemsize
-    those = CANDIDATES[kernel](shape["rank"], itemsize, shape["rank"] == 16 and shape["width"] == 4096)
+    thorough = shape | {"tokens": 0} == HEADLINE | {"tokens": 0}
+    those = CANDIDATES[kernel](shape["rank"], itemsize, thorough)
     those = those[:2] if session.rehearse else those
     return [shipped(kernel, shape), *(each for each in those if each != shipped(kernel, shape))]
 
@@ -656,26 +594,29 @@ PARTS: dict[str, tuple[Callable[[Session, list], Iterable[Item]], float, float]]
 
 
 def compile_all(capability: int, processes: int) -> dict:
-    """Compiles what a run on a card compiles for its search and its random cases; says how many, how long."""
+    """Compiles what a run on a card compiles for its random cases and its search; says how many, how long."""
     session = Session(False, {}, capability, processes)
     began = time.perf_counter()
     session.ask_ahead()
     for shape, kernel in itertools.product(SHAPES, CANDIDATES):  # as if the shipped tile were the best
         for blocks in refinements(kernel, shipped(kernel, shape)):
             session.compiler.ask(variant_of({"kernel": kernel} | shape, blocks))
-    seconds, failed = [], []
+    spent_each, failed = [], []
     for variant, future in session.compiler.futures.items():
         try:
-            seconds.append(future.result())
+            spent_each.append(future.result())
         except Exception as error:
             failed.append([str(variant), f"{type(error).__name__}: {error}"[:300]])
-    with contextlib.suppress(Exception):
-        session.compiler.close()
+    wall = time.perf_counter() - began
+    session.compiler.close()
+    cpu = [each.cpu_seconds for each in spent_each]
     return {
-        "variants": len(session.compiler.futures),
-        "wall_s": time.perf_counter() - began,
-        "median_s": statistics.median(seconds),
-        "sum_s": sum(seconds),
+        "random cases, two kernels each": sum(isinstance(each, int) for each in session.compiler.futures),
+        "tiles": sum(isinstance(each, Variant) for each in session.compiler.futures),
         "processes": processes,
+        "wall_s": round(wall, 1),
+        "cpu_s": round(sum(cpu), 1),
+        "median_cpu_s": round(statistics.median(cpu), 3),
+        "largest_cpu_s": round(max(cpu), 2),
         "failed": failed,
     }

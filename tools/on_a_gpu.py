@@ -24,7 +24,7 @@ from pathlib import Path
 from lora_edu.paths import REPOSITORY, write_atomically, write_json
 
 if __name__ == "__mp_main__":
-    os.environ.pop("TRITON_INTERPRET", None)  # this is a compiler's process: see Compiler in gpu_parts.py
+    os.environ.pop("TRITON_INTERPRET", None)  # this is a compiler's process: see Compiler in gpu_compile.py
 elif "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
@@ -59,8 +59,8 @@ def supervise(command: list[str], out: Path, deadline: float, patience: float = 
     Returns how the last worker ended.
     """
     state = out / "state.json"
-    state.unlink(missing_ok=True)
     for _ in range(STARTS):
+        state.unlink(missing_ok=True)  # what it says is of the worker before
         worker = subprocess.Popen(command)
         try:
             reason = watch(worker, state, deadline, patience)
@@ -105,6 +105,9 @@ def blame(out: Path, at: dict, reason: str) -> None:
 def work(out: Path, deadline: float, minutes: float, rehearse: bool) -> int:
     """All parts, in this process; what is in `out` already is not done again. Returns the exit status."""
     gpu_parts = parts()
+    from gpu_compile import end_with_parent
+
+    end_with_parent()
     if not rehearse and not gpu_parts.torch.cuda.is_available():
         return NO_CARD
     records = {name: read(out / f"{name}.json") for name in ORDER}

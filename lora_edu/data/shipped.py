@@ -122,7 +122,7 @@ def load_regimes(**settings) -> list[dict]:
     steps, seed, seconds; before, after: held-out loss in nats a token; cut: rank → loss with every ΔW cut to it;
     one_kind_cut: kind → rank → loss with that kind alone cut; spectra: kind → size (‖ΔW‖/‖W_o‖), rank_90, stable,
     effective, energy_8 (means over layers) and sigma (σ/‖ΔW‖ of the middle layer). A row of LoRA has a rank, before
-    and after. `lora_edu.recording.regimes` made them.
+    and after, both None where the rate was too large and the run blew up. `lora_edu.recording.regimes` made them.
     """
     rows = json.loads(data_file("regimes.json").read_text(encoding="utf-8"))["rows"]
     return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]

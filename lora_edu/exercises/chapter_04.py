@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lora_edu import counting
 from lora_edu.exercises.answers import no_function
@@ -346,6 +345,8 @@ def _measured_backward(rows: int, columns: int, rank: int, needed: bool) -> int:
     x = torch.randn(1, columns, requires_grad=needed)
     A, B = (torch.randn(*shape, requires_grad=True) for shape in ((rank, columns), (rows, rank)))
     y: Tensor = x @ W.T + (x @ A.T @ B.T if rank else 0)
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which chapter 06 sets up first
+
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     return counter.get_total_flops()

@@ -237,7 +237,7 @@ def card(device: torch.device) -> Card:
 def blocks_for(kernel: str, width: int, rank: int, dtype: torch.dtype, length: int, where: Card) -> Blocks:
     """The tile for T = `length` tokens: the measured one of the nearest r, d and T, else by rule.
 
-    kernel: "forward" or "backward"; dtype: lora_A's, or, backward, what G and lora_A promote to.
+    kernel: "forward" or "backward"; dtype: what it multiplies in.
     """
     if where.capability == MEASURED_ON.get("capability"):
         found = nearest(kernel, dtype.itemsize, rank, width, triton.next_power_of_2(length))
@@ -304,10 +304,13 @@ def look_up(
     """
     width, rank = lora_B.shape
     out = weight.new_empty((*tokens.shape, width))
-    length = tokens.numel()
+    length, total = tokens.numel(), sum_dtype(weight, lora_A)
+    factor = (
+        total if total == torch.float64 else lora_A.dtype
+    )  # a product is not summed in a wider dtype than its own
     if length:
         where = card(out.device)
-        blocks = blocks or blocks_for("forward", width, rank, lora_A.dtype, length, where)
+        blocks = blocks or blocks_for("forward", width, rank, factor, length, where)
         tiles = triton.cdiv(length, blocks.tokens) * triton.cdiv(width, blocks.columns)
         with torch.cuda.device_of(out):
             launch(
@@ -328,7 +331,7 @@ def look_up(
                 COLUMNS_FIRST=blocks.columns_first,
                 PERSISTENT=blocks.programs > 0,
                 STAGES=blocks.stages,
-                **constants(rank, blocks, lora_A.dtype, sum_dtype(weight, lora_A)),
+                **constants(rank, blocks, factor, total),
             )
     return out
 

@@ -317,7 +317,7 @@ class Maker:
         folder = self.work / "regimes" / _stamp(CONSTANTS["base"], regimes.BATCH)
         rows = list(tqdm(regimes.record_all(folder, tell=lambda name: None), desc="regimes", leave=False))
         self.write_regimes(rows, folder)
-        return {"rows": len(rows), "training_seconds": round(sum(row["seconds"] for row in rows))}
+        return {"rows": len(rows), "training_seconds": round(sum(row.get("seconds", 0) for row in rows))}
 
     def write_regimes(self, rows: list[dict], folder: Path) -> None:
         """regimes.json, a row a line, and the gentle ΔW."""

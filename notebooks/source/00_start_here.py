@@ -266,8 +266,8 @@ explore.predict(
 # %% [markdown]
 # It depends on how the model was tuned. When this model was fully tuned on this text at a high rate ($6 \cdot 10^{-3}$, 260
 # steps of 16 × 256 tokens, two seeds), its $\Delta W$ cut to rank 8 keeps less than half of the gain. The same model tuned
-# gently ($10^{-3}$) keeps about four fifths. And a BERT that others tuned and published still takes nine of ten decisions
-# as before when every $\Delta W$ is cut to rank 8, with 43 % of the energy. Chapter 03 shows all three, and chapter 07 asks
+# gently ($10^{-3}$) keeps about four fifths. And a BERT that others tuned and published still takes three of four decisions
+# as before (91 of 125) when every $\Delta W$ is cut to rank 8, with 43 % of the energy. Chapter 03 shows all three, and chapter 07 asks
 # how a *trained* rank 8 compares with a cut one.
 #
 # ## 5 · Where LoRA stands

@@ -199,7 +199,7 @@ assert 19.5 < llama["linear"] / llama["embedding"] < 20
 #   the same $r$, they take almost twenty times the embedding's number.
 # - But nearly all of these numbers belong to single tokens. Column $t$ of $A$ is read and trained only when token
 #   $t$ is in the batch, and a tuning text uses a part of the vocabulary. Chapter 06 counts which rows move.
-# - Counting says what a place costs, not what it is worth. Chapter 07 compares places at the same number of
+# - Counting says what a place costs, not what it is worth. Chapter 07 compares places at about the same number of
 #   trained numbers, on our model and our task. The paper itself puts LoRA on attention matrices only (§4.2).
 
 # %% [markdown]

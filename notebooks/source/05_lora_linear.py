@@ -500,7 +500,7 @@ plots.show(figure, "With A frozen the loss stays above 0.75; trained, A turns to
 # %% [markdown]
 # **What came out.** $A$ begins with 7 to 10 % of the right directions, as chance would have it, and has 98 % of them after
 # 200 steps. With $A$ frozen the loss stays near 0.8; with $A$ trained it comes within 0.01 of the best that *any* matrix of
-# rank 8 can do. (One layer, Adam, three draws. Chapter 07 freezes $A$ in a whole model.) So the first step is bound to
+# rank 8 can do. (One layer, Adam, three draws. Chapter 02 freezes $A$ in a whole model.) So the first step is bound to
 # eight random directions, and the run is not.
 #
 # Now that we have a run, we can also ask what the *shape* of the first draw does, at one variance:

@@ -44,6 +44,7 @@ from lora_edu.lora import add_lora, load_adapter, lora_layers
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
 
+# %% tags=["setup"]
 base, reference = load_checkpoint("base"), load_corpus("reference")
 held_out = reference.test.unfold(0, 256, 1024).flatten()  # a quarter of it, as in chapter 03
 EVERYWHERE = ["embedding", "head", "query", "key", "value", "output", "up", "down"]
@@ -292,7 +293,7 @@ assert all(worth[r] >= 4 * r for r in (1, 2, 4, 8, 16)) and share_cut[64] < shar
 
 # %%
 mapped = load_regimes(task="far", method="full", steps=100, seed=0)
-mapped_lora = load_regimes(task="far", method="lora", steps=100, seed=0)
+mapped_lora = [row for row in load_regimes(task="far", method="lora", seed=0) if row["after"] is not None]
 uncut = min(mapped, key=lambda row: row["after"])
 of_map = lambda loss: (uncut["before"] - loss) / (uncut["before"] - uncut["after"])
 print(f"full tuning, uncut: {uncut['before']:.2f} → {uncut['after']:.2f}, best at {uncut['rate']:g}")
@@ -306,8 +307,26 @@ for r in (1, 4, 8):
         f"trained {three[r][2]:4.0%}, at {own['rate']:g}"
     )
 
+# %%
+best_cut = {r: of_map(min(row["cut"][str(r)] for row in mapped)) for r in ranks}
+as_good = {r: next((k for k in ranks if best_cut[k] >= three[r][2]), "more than 64") for r in three}
+print("trained at", "   ".join(f"{r}: the best cut to {k}" for r, k in as_good.items()))
+assert all(cut_of_best <= best < trained for cut_of_best, best, trained in three.values())
+assert three[1][2] - three[1][1] > 0.15 and 0.05 < three[8][2] - three[8][1] < 0.2
+assert three[1][1] - three[1][0] > 0.1 and all(k >= 4 * r for r, k in as_good.items() if r < 8)
+for r in three:  # LoRA's best rate has three seeds
+    own = [row["after"] for row in load_regimes(method="lora", rank=r) if row["after"] is not None]
+    seeds = [row["after"] for row in load_regimes(method="lora", rank=r) if row["seed"] > 0]
+    assert len(seeds) == 2 and max(seeds) - min(own) < 0.04
+
 # %% [markdown]
-# REGIME_TEXT
+# **The favour is worth a lot, and not enough.** At $r = 1$ the best cut comes from a run at a third of full tuning's best
+# rate, and keeps nearly half of the gain where the cut of the best run kept a quarter. Trained, one rank gets seven tenths. At
+# $r = 8$ the favour brings a few points, and the trained rank is still ahead by a tenth or more. So what remains of this
+# section's finding, in short runs of TinyLM on a far task (three seeds of LoRA at its best rate within 0.04 nats, one of full
+# tuning): a trained rank beats the best cut that full tuning at
+# these four rates can offer, by less than the first comparison said. (Runs of other lengths could offer better cuts still;
+# chapter 03's map shows them, from 25 to 200 steps.)
 
 # %% [markdown]
 # ### And chapter 02's numbers?

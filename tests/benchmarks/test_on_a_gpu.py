@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -57,13 +56,12 @@ def rehearsal(tmp_path_factory):
     out = tmp_path_factory.mktemp("rehearsal")
     command = [sys.executable, str(TOOL), "--out", str(out), "--rehearse", "--minutes", "180"]
     environment = {"TRITON_CACHE_DIR": str(out / "cache"), "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    first = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL)
     while first.poll() is None and not (out / "correctness.json").exists():
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
+    first.kill()  # and with it its worker, and the worker's compilers
     first.wait()
+    time.sleep(1)
     kept = {path.name: json.loads(path.read_text("utf-8")) for path in out.glob("*.json")}
     done = run("--out", out, "--rehearse", "--minutes", 180, **environment)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,6 +1,8 @@
 """Each check of chapter 04 says 'right' to the right answer and names the mistake in the typical wrong one."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,3 +145,9 @@ def test_results_learnt_by_heart_are_no_answer(number):
     assert ": right." in check(number)(learn)
     random.seed(2)
     assert ": not yet: " in check(number)(lambda *case: known.get(repr(case), 7))
+
+
+def test_the_checks_leave_triton_alone_until_they_are_asked():
+    """Chapter 06 tells Triton to interpret before anything imports it."""
+    program = "import sys; from lora_edu.exercises import chapter_06; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from lora_edu.explore import bytes_moved, first_step, roofline
+from lora_edu.explore import bytes_moved, first_step, measured_on_a_gpu, roofline
 from lora_edu.explore.lora_embedding import first_move
 
 
@@ -32,3 +32,33 @@ def test_an_embedding_moves_as_far_at_every_rank_and_alpha():
         for rank in (2, 8, 32):
             times = first_move(gradient, rank, "A") / first_move(gradient, rank, "B")
             assert abs(times / (3 * d) ** 0.5 - 1) < 0.15
+
+
+def made_up_record() -> dict:
+    """As on_a_gpu.py --apply leaves one; no figure in it is a measurement."""
+    shape = {"vocabulary": 1000, "width": 64, "tokens": 512, "rank": 8, "measure": "forward"}
+    least = {"least_bytes": 1_000_000}
+    rows = [
+        shape | least | {"way": "lora_edu", "median_s": 2e-6},
+        shape | least | {"way": "PEFT", "median_s": 8e-6},
+    ]
+    rows += [rows[0] | {"rank": 16, "median_s": 1.0}, rows[0] | {"measure": "step", "median_s": 1.0}]
+    about = {"device": "Synthetic H100", "date": "2000-01-01", "command": "nothing"}
+    return about | {"rows": rows, "copy_bytes_per_s": 1e12}
+
+
+def test_a_cards_figures_name_the_card_the_day_and_the_command():
+    shown = measured_on_a_gpu(made_up_record())
+    assert shown.sentence.startswith(
+        "Recorded on Synthetic H100, 2000-01-01, by nothing: a forward pass of 512 tokens"
+    )
+    assert shown.sentence.endswith("a copy of the bytes it must move: lora_edu 50%, PEFT 12%.")
+    assert shown.png.startswith(b"\x89PNG")
+
+
+def test_without_a_record_it_says_how_to_make_one():
+    said = measured_on_a_gpu(None)
+    assert (
+        said.startswith("No GPU figure has been measured yet.")
+        and "python tools/on_a_gpu.py --out DIR" in said
+    )

@@ -28,6 +28,10 @@ CASES = [
     *itertools.product(("forward", "backward"), (torch.float32, torch.float64), (16,)),
     ("deterministic", torch.float16, 16),
 ]
+MIXED = [  # a table and factors of other dtypes, which the interpreter can't tell from one dtype
+    *itertools.product(("forward", "backward"), (torch.float64, torch.bfloat16), (16,), (torch.float32,)),
+    ("forward", torch.float32, 16, torch.bfloat16),
+]
 
 
 class Absent:
@@ -74,12 +78,16 @@ def compile_kernel(
     capability: int = 90,
     width: int = WIDTH,
     blocks: kernels.Blocks | None = None,
+    factor_dtype: torch.dtype | None = None,
 ):
-    """The kernel as look_up ("forward") or gradients ("backward", "deterministic") would launch it."""
+    """The kernel as look_up ("forward") or gradients ("backward", "deterministic") would launch it.
+
+    dtype: of the table and the output; factor_dtype: of A and B (default: the same).
+    """
     tokens = torch.zeros(16, dtype=torch.int64)
-    W, A, B, G = (
-        torch.empty(shape, dtype=dtype) for shape in ((16, width), (16, rank), (width, rank), (16, width))
-    )
+    factor_dtype = factor_dtype or dtype
+    W, G = (torch.empty(16, width, dtype=dtype) for _ in range(2))
+    A, B = (torch.empty(side, rank, dtype=factor_dtype) for side in (16, width))
     with compiling(capability) as compiled:
         if name == "forward":
             kernels.look_up(tokens, W, A, B, 1.0, blocks=blocks)
@@ -115,9 +123,10 @@ def load_bytes(compiled) -> dict[int, int]:
 
 if __name__ == "__main__":
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
-    for name, dtype, rank in CASES:
+    for name, dtype, rank, *factors in [*CASES, *MIXED]:
         with contextlib.redirect_stdout(sys.stderr):
-            compiled = compile_kernel(name, dtype, rank, capability)
-        row = {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "rank": rank, "sm": capability}
+            compiled = compile_kernel(name, dtype, rank, capability, factor_dtype=(*factors, None)[0])
+        dtypes = "/".join(str(each).removeprefix("torch.") for each in (dtype, *factors))
+        row = {"kernel": name, "dtype": dtypes, "rank": rank, "sm": capability}
         row |= resources(compiled) | {"load bytes": load_bytes(compiled)}
         print(json.dumps(row | {"tensor cores": "mma" in compiled.asm["ptx"]}))

@@ -201,15 +201,48 @@ def test_deterministic_sums_are_the_same_bit_for_bit():
 
 
 def test_any_block_sizes_give_the_same():
+    """Whatever a search on a card may choose: sides, order, programs that make several tiles, hints to the cache."""
     c = {"vocabulary": 60, "width": 100, "rank": 20, "shape": (70,), "dtype": torch.float64, "seed": 6}
     tokens, W, A, B, G = inputs(c | {"factor_dtype": torch.float64, "token_dtype": torch.int64})
     out, (rows, dB) = kernels.look_up(tokens, W, A, B, 1.7), kernels.gradients(G, tokens, A, B, 1.7)
-    for tile in ((16, 16, 32), (32, 64, 16), (128, 128, 64)):
-        blocks = kernels.Blocks(*tile, warps=4, stages=2)
-        assert torch.allclose(kernels.look_up(tokens, W, A, B, 1.7, blocks=blocks), out)
+    plain = kernels.Blocks(32, 32, 32, warps=4, stages=2)
+    tiles = [
+        kernels.Blocks(*sides, warps=4, stages=2) for sides in ((16, 16, 32), (32, 64, 16), (128, 128, 64))
+    ]
+    tiles += [plain._replace(programs=programs) for programs in (1, 3)]
+    tiles += [plain._replace(columns_first=True), plain._replace(hints=True)]
+    tiles += [plain._replace(columns_first=True, hints=True, programs=2)]
+    for blocks in tiles:
+        assert torch.allclose(kernels.look_up(tokens, W, A, B, 1.7, blocks=blocks), out), blocks
         if blocks.rank >= 20:
-            ours = kernels.gradients(G, tokens, A, B, 1.7, blocks=blocks)
-            assert torch.allclose(ours[0], rows) and torch.allclose(ours[1], dB)
+            walking = blocks._replace(programs=max(1, blocks.programs))
+            ours = kernels.gradients(G, tokens, A, B, 1.7, blocks=walking)
+            assert torch.allclose(ours[0], rows) and torch.allclose(ours[1], dB), blocks
+
+
+def test_tiles_that_were_measured_serve_their_card_and_what_is_nearest(monkeypatch):
+    found, narrow = kernels.Blocks(16, 64, 16, 4, 3, hints=True), kernels.Blocks(16, 32, 16, 4, 3)
+    table = {("forward", 2, 16, 4096, 65_536): found, ("forward", 2, 16, 512, 65_536): narrow}
+    monkeypatch.setattr(kernels, "MEASURED", table)
+    monkeypatch.setattr(kernels, "MEASURED_ON", {"capability": (9, 0)})
+    kernels.nearest.cache_clear()
+    tile = lambda width, rank, dtype=torch.bfloat16, capability=(9, 0), kernel="forward": kernels.blocks_for(
+        kernel, width, rank, dtype, 1000, kernels.Card(capability, 132)
+    )
+    assert tile(4096, 16) == tile(8192, 8) == found and tile(600, 16) == narrow
+    for other in ({"rank": 17}, {"rank": 16, "dtype": torch.float32}, {"rank": 16, "capability": (8, 9)}):
+        expected = kernels.forward_blocks(4096, other["rank"], other.get("dtype", torch.bfloat16))
+        assert tile(4096, **other) == expected
+    assert tile(4096, 16, kernel="backward") == kernels.backward_blocks(4096, 16, torch.bfloat16)
+    kernels.nearest.cache_clear()
+
+
+def test_gradients_of_A_and_B_keep_no_more_memory_than_their_own():
+    """Both are summed in one piece; B's gradient, which an optimiser may hold, is not a view of it."""
+    c = {"vocabulary": 60, "width": 40, "rank": 4, "shape": (300,), "dtype": torch.float32, "seed": 5}
+    tokens, _, A, B, G = inputs(c | {"factor_dtype": torch.float32, "token_dtype": torch.int64})
+    dB = kernels.gradients(G, tokens, A, B, 1.7)[1]
+    assert dB.untyped_storage().nbytes() == dB.nbytes
 
 
 # As operators of PyTorch's

@@ -103,7 +103,9 @@ def test_the_recorded_rows_are_the_wanted_ones_and_cuts_lose_less_at_higher_rank
     for row in load_regimes(method="full"):
         gain = row["before"] - row["after"]
         kept = {int(r): (row["before"] - loss) / gain for r, loss in row["cut"].items()}
-        assert gain > 0.05 and kept[1] < kept[8] < kept[32] < kept[64] + 0.01 < 1.03, regimes.name_of(row)
+        assert gain > 0 and kept[64] == pytest.approx(1, abs=0.05), regimes.name_of(row)
+        if gain > 0.06:  # of a tiny gain a cut can even leave more than the whole
+            assert kept[1] < kept[8] < kept[32] < kept[64] + 0.01, regimes.name_of(row)
 
 
 def test_the_shipped_gentle_update_is_the_one_of_its_row():
@@ -114,3 +116,13 @@ def test_the_shipped_gentle_update_is_the_one_of_its_row():
     found = regimes.losses_of(base, delta, regimes.texts("far")["held out"])
     assert found["before"] == pytest.approx(row["before"], abs=0.05)  # another version of numpy, another text
     assert found["before"] - found["after"] == pytest.approx(row["before"] - row["after"], abs=0.05)
+
+
+def test_each_rank_of_lora_has_its_best_rate_between_others_and_two_more_seeds_there():
+    for rank in regimes.LORA_RATES:
+        rows = load_regimes(method="lora", rank=rank, seed=0)
+        best = min((row for row in rows if row["after"] is not None), key=lambda row: row["after"])
+        rates = sorted(row["rate"] for row in rows)
+        assert rates[0] < best["rate"] < rates[-1], rank
+        seeds = [row["seed"] for row in load_regimes(method="lora", rank=rank, rate=best["rate"])]
+        assert seeds == [0, 1, 2], rank
