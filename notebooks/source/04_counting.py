@@ -111,7 +111,7 @@ for rows, columns in [(10_000, 100), (100, 100), (4096, 4096), (1600, 4800)]:
 explore.rank_and_shape()
 
 # %% [markdown]
-# ### So why must $r$ be much smaller than both sides?
+# ### So why must r be much smaller than both sides?
 #
 # The paper asks for $r \ll \min(d, k)$ (§4.1). There are three reasons. Two of them are counting, the third is
 # not.

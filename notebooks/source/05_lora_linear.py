@@ -619,7 +619,7 @@ plots.show(
 # **What came out.** All runs found nearly the same *update*; their *factors* have little in common. The mean of two
 # updates is as good as one run. (This loss is quadratic in $\Delta W$, so the mean can never be worse than the mean of the
 # two losses. A whole model promises no such thing.) The mean of the factors loses between a quarter and two thirds of the
-# gain, and the less alike the two $B$s, the more.
+# gain, and the less alike the two matrices $B$, the more.
 #
 # **Why.**
 #
@@ -681,8 +681,8 @@ explore.alpha_that_does_nothing(lambda alpha, rate, start: train(alpha=alpha, ra
 # set by the learning rate. With that at $1/\sqrt{c}$ too, all stays in proportion, step after step.
 #
 # The paper says it in passing, with a 'roughly': 'When optimizing with Adam, tuning α is roughly the same as tuning the
-# learning rate if we scale the initialization appropriately' (§4.1). It is exact in any model, as long as only $A$s and
-# $B$s are trained, without weight decay, without clipping of gradients (they do change size), and with an ε that is
+# learning rate if we scale the initialization appropriately' (§4.1). It is exact in any model, as long as only the matrices $A$ and
+# $B$ are trained, without weight decay, without clipping of gradients (they do change size), and with an ε that is
 # negligible beside them. (Under SGD, whose steps do grow with the gradient, the learning rate must be divided by $c$
 # instead, and $A_0$ again by $\sqrt{c}$.)
 #
@@ -1055,7 +1055,7 @@ remove_lora(model)
 assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 # %% [markdown]
-# The loss fell, and only $A$s and $B$s have changed: $W$ has not moved by a bit. Merged and unmerged agree up to the order
+# The loss fell, and only the matrices $A$ and $B$ have changed: $W$ has not moved by a bit. Merged and unmerged agree up to the order
 # of summation in float32. And after `remove_lora` the base model is the very one it was. (Was it worth it? How good does
 # LoRA get, and at what rank? That is chapter 07.)
 

@@ -1,6 +1,7 @@
 """Facts of every stored notebook, besides what strict nbval finds by running it."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -133,3 +134,68 @@ def test_no_notebook_without_a_source():
 def test_a_picture_shown_elsewhere_is_the_notebooks_own(file):
     assert (notebooks.FOLDER / "images" / file).read_bytes() == notebooks.image(file)
     assert f"notebooks/images/{file}" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def outside_code(text: str) -> str:
+    return re.sub(r"```.*?```|(`+).+?\1", "code", text, flags=re.DOTALL)
+
+
+def formulas(text: str) -> list[str]:
+    """The formulas of a markdown text, as `$…$` or `$$…$$`, which JupyterLab, GitHub and the site all find."""
+    return re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", outside_code(text), flags=re.DOTALL)
+
+
+def mistakes(text: str) -> Iterator[str]:
+    """What in a markdown text one of the three would not read as a formula, or read as something else."""
+    rest = re.sub(r"\$\$.+?\$\$|\$[^$\n]+\$", "", outside_code(text), flags=re.DOTALL)
+    if "$" in rest:
+        yield f"a dollar that belongs to no formula: {rest[max(rest.index('$') - 30, 0) :][:60]!r}"
+    if bare := re.search(r".{0,30}\\[a-zA-Z]{2,}.{0,30}", rest):
+        yield f"LaTeX outside of a formula: {bare[0]!r}"
+    for line in outside_code(text).splitlines():
+        if line.startswith("#") and "$" in line:
+            yield f"a formula in a heading: {line!r}"
+        if line.startswith(">") and "$$" in line:
+            yield f"a display formula in a quotation, which GitHub breaks: {line!r}"
+        if line.startswith("|") and any("|" in formula for formula in formulas(line)):
+            yield f"a formula that ends a column of a table: {line!r}"
+        for before, inside, after in re.findall(r"(.?)(?<!\$)\$(?!\$)([^$]+)\$(?!\$)(.?)", line):
+            if inside != inside.strip():
+                yield f"a space just inside the dollars: ${inside}$"
+            if re.match(r"\w", before) or re.match(r"\w", after):
+                yield f"a word touches the dollars: {before}${inside}${after}"
+    for formula in formulas(text):
+        if re.search(r"\\[{}|]", formula):
+            yield f"markdown takes this backslash for its own: {formula!r}"
+        if "\\\\" in formula and r"\begin" not in formula:
+            yield f"a line break outside of an array: {formula!r}"
+
+
+@each
+def test_mathematics_is_written_so_that_all_three_read_it(edition):
+    cells = [cell for cell in edition.notebook.cells if cell.cell_type == "markdown"]
+    assert not [mistake for cell in cells for mistake in mistakes(cell.source)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("costs 5 $ and", "belongs to no formula"),
+        (r"the norm \lVert x \rVert", "outside of a formula"),
+        ("## Rank $r$", "in a heading"),
+        ("> $$ x $$", "GitHub breaks"),
+        ("| $|x|$ | 3 |", "ends a column"),
+        ("of $ r$ rows", "space just inside"),
+        ("of $r$s", "a word touches"),
+        (r"the set $\{1\}$", "for its own"),
+        (r"$a \\ b$", "outside of an array"),
+    ],
+)
+def test_mathematics_that_one_of_them_misreads_is_found(text, words):
+    assert any(words in mistake for mistake in mistakes(text)), list(mistakes(text))
+
+
+def test_mathematics_as_it_should_be_is_left_alone():
+    text = "Of rank $r$, with `$HOME` (see $W_o$): $s = \\alpha / r$.\n\n"
+    text += "$$ \\Delta W = s \\, B A $$\n\n| $\\lvert x \\rvert$ | 3 |"
+    assert not list(mistakes(text)) and len(formulas(text)) == 5
