@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_answer(options))
     except ValueError as error:
         print(f"lora-edu count: {error}", file=sys.stderr)
+        print("Nothing was counted.")  # where a pipe takes only what goes to the standard output
         return BAD_INPUT
     return 0
 
