@@ -679,7 +679,7 @@ explore.predict(
     "At V = 400 000 and 512 tokens on this CPU: how many times as fast as loralib's is the step with a sparse gradient?",
     {
         "about 60 times": "If bytes were all. But a step has dozens of operations, and starting each one takes microseconds.",
-        "about 10 times": "Near what we measured (9 times). The bytes win, but starting dozens of small operations takes its time too.",
+        "about 10 times": "Near what we measured on a quiet machine (9 times). The bytes win, but starting dozens of small operations takes its time too.",
         "equally fast": "That is about what comes out at V = 10 000, where starting the operations takes most of the time.",
     },
 )
