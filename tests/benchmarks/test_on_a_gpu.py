@@ -166,7 +166,8 @@ def test_results_are_applied_to_the_table_of_tiles_the_record_and_its_plot(made_
     folder = copy / "benchmarks" / "results"
     result = json.loads((folder / "gpu_embedding.json").read_text("utf-8"))
     assert result["device"] == "Synthetic card" and result["rows"] and result["date"] == "2000-01-01"
-    assert result["tiles"] == [["forward", 2, 16, 4096, 65_536, FASTER]] and result["correct"]["failed"] == []
+    # the rehearsal timed its own few tiles too, and on a busy machine one of those may have won
+    assert ["forward", 2, 16, 4096, 65_536, FASTER] in result["tiles"] and result["correct"]["failed"] == []
     assert (folder / "gpu_embedding.png").read_bytes().startswith(b"\x89PNG")
 
 
