@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 OWN = REPOSITORY / ".venv"
 OLDEST = (3, 11)
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
-TWO_WORKERS = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+TWO_WORKERS = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 COMMANDS = {
     "lab": ["-m", "lora_edu.cli", "lab"],
     # conftest.py says what stays with one worker, and in which order it goes out.
