@@ -15,6 +15,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import replay
+from xdist.scheduler import LoadScopeScheduling
 
 from lora_edu import guard
 from lora_edu.notebooks import THREADS
@@ -66,19 +67,30 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Fil
     return replay.Notebook.from_parent(parent, path=file_path) if file_path.suffix == ".ipynb" else None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What depends on something else of the same run comes after it and, with several workers, goes to the same one.
+class ByChapter(LoadScopeScheduling):
+    """Shares tests out by `replay.group`.
 
-    A chapter in JupyterLab, then its notebooks for nbval, in one group; all else file by file. The site's pages
-    need every chapter's run, so they come last, in groups of their own.
+    Not by marks: xdist 3.8 writes their groups into an attribute that pytest 9.2 no longer reads.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return replay.group(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to share out
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByChapter:
+    return ByChapter(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What depends on something else of the same run comes after it: `ByChapter` keeps it with the same worker.
+
+    A chapter in JupyterLab, then its notebooks for nbval; all else file by file. The site's pages need every chapter's
+    run, so they come last.
     """
     for item in items:
         if isinstance(item.parent, replay.Notebook):
             item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-        elif item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(HERE).as_posix()))
     items.sort(key=stage)
 
 

@@ -128,8 +128,7 @@ def grown(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 def counts_tokens(name: str) -> bool:
     """Whether a tensor's name is that of an embedding, or of a head, whose rows are tokens."""
-    module = module_of(name)
-    return module in EMBEDDINGS or module in HEADS or "embed" in module
+    return _table(name) or "embed" in module_of(name)
 
 
 def module_of(name: str) -> str:

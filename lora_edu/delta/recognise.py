@@ -3,7 +3,6 @@
 Headers are read, never tensors.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from lora_edu.delta.files import (
     read_header,
 )
 from lora_edu.lora.adapter_files import CONFIG, MLX_WEIGHTS, OTHER_METHODS, PREFIX, is_lora
+from lora_edu.lora.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
 from lora_edu.text import printable
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapter(path: Path) -> bool:
@@ -127,14 +125,3 @@ def instead(path: Path) -> str:
     if path.is_dir() and (what := foreign(path)):
         return f". It is {what}"
     return ""
-
-
-def quantisation(folder: Path) -> str:
-    """How a model's config.json says that it is quantised: gptq, awq, bitsandbytes …; empty where it doesn't."""
-    config = folder / "config.json"
-    try:
-        told = json.loads(config.read_bytes()[: 4 * 2**20]) if config.is_file() else {}
-    except (ValueError, OSError, RecursionError):
-        return ""
-    method = told.get("quantization_config", {}) if isinstance(told, dict) else {}
-    return printable(method.get("quant_method", "")) if isinstance(method, dict) else ""

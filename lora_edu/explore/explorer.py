@@ -38,14 +38,25 @@ class Picture:
     complaints: tuple[str, ...] = field(default=(), compare=False)
 
 
-class Explorer(widgets.VBox):
+class Linked(widgets.VBox):
+    """A box whose parts are linked to each other in the browser; closed, it takes them all with it."""
+
+    _links: Sequence[widgets.Widget] = ()
+
+    def close(self) -> None:
+        """Takes the box, all its parts and their links out of the kernel and the browser."""
+        links, self._links = self._links, ()
+        for part in [*links, *(parts(self) - {self} if links else ())]:
+            part.close()
+        super().close()
+
+
+class Explorer(Linked):
     """One or two sliders above the picture for their values; without widgets, the picture for `start`.
 
     pictures: (value, …) in the sliders' order → Picture. seconds: what drawing them took.
     bytes: their PNGs together, a picture that occurs twice counted once.
     """
-
-    _links: Sequence[widgets.Widget] = ()
 
     def __init__(
         self,
@@ -89,12 +100,6 @@ class Explorer(widgets.VBox):
         super().__init__([*self.controls, stack, css], layout=widgets.Layout(width="100%"))
         self.add_class(name)
         replace_earlier(self)
-
-    def close(self) -> None:
-        """Takes the explorer and all its parts out of the kernel and the browser."""
-        links, self._links = self._links, ()
-        close_parts(self, links)
-        super().close()
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         data, metadata = plots.bundle(self.start.png, self.start.sentence)
@@ -281,12 +286,6 @@ def nest(
     stack = widgets.Stack(inner, selected_index=first.index, layout=widgets.Layout(width="100%"))
     links.append(widgets.jslink((first, "index"), (stack, "selected_index")))
     return stack
-
-
-def close_parts(widget: widgets.Widget, links: Sequence[widgets.Widget]) -> None:
-    """Closes the links between a widget's parts and all parts, not the widget itself; without links, nothing."""
-    for part in [*links, *(parts(widget) - {widget} if links else ())]:
-        part.close()
 
 
 def parts(widget: widgets.Widget) -> set[widgets.Widget]:

@@ -4,23 +4,21 @@ No kernel is needed once the cell has run, so it answers on a published page, to
 """
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import ipywidgets as widgets
 from ipywidgets.widgets.widget_string import HTMLStyle
 
-from lora_edu.explore.explorer import WITHOUT_KERNEL, close_parts, replace_earlier
+from lora_edu.explore.explorer import WITHOUT_KERNEL, Linked, replace_earlier
 
 CLASS = "lora-edu-prediction"  # what the site and the tests know a prediction by
 
 
-class Prediction(widgets.VBox):
+class Prediction(Linked):
     """A question above its buttons; the reply of a button shows when it is pressed, and none before.
 
     Where no widget can be shown (GitHub, paper) the question and the options stand there, without the replies.
     """
-
-    _links: Sequence[widgets.Widget] = ()
 
     def __init__(self, question: str, replies: Mapping[str, str]):
         """question: plain text. replies: option → what is said to a reader who chose it, plain text.
@@ -53,12 +51,6 @@ class Prediction(widgets.VBox):
         self.buttons, self.stack = buttons, stack
         self.add_class(CLASS)
         replace_earlier(self)
-
-    def close(self) -> None:
-        """Takes the question and all its parts out of the kernel and the browser."""
-        links, self._links = self._links, ()
-        close_parts(self, links)
-        super().close()
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         options = "".join(f"\n  ○ {option}" for option in self.replies)

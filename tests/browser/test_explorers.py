@@ -143,7 +143,7 @@ def run_and_save(notebook: NotebookPage, server: Server, name: str) -> None:
 
 def of_chapters(paths: list[Path]) -> list:
     """A test for each notebook; nbval's tests of a chapter follow it in the same worker."""
-    return [pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(path.stem)) for path in paths]
+    return [pytest.param(path, id=path.stem) for path in paths]
 
 
 @pytest.mark.parametrize("chapter", of_chapters(CHAPTERS))

@@ -28,8 +28,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.site]
 
 def each_page(names: list[str]) -> pytest.MarkDecorator:
     """A test for each page; all that is done with one page is done by one worker."""
-    group = lambda name: pytest.mark.xdist_group(f"page {Path(name).name}")
-    return pytest.mark.parametrize("name", [pytest.param(name, id=name, marks=group(name)) for name in names])
+    return pytest.mark.parametrize("name", names)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,23 @@ def runs() -> Counter[str]:
     return Counter(path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else [])
 
 
+def group(nodeid: str) -> str:
+    """What a test stays with one worker for: a chapter, a page of the site, or else its file.
+
+    A chapter is its test in JupyterLab and all cells of its notebook and of its solutions. Said from the test's name,
+    which is all that the process knows that shares tests out.
+    """
+    file, _, test = nodeid.partition("::")
+    path = Path(file)
+    if path.suffix == ".ipynb":
+        return path.stem
+    parameter = test.partition("[")[2].removesuffix("]")
+    if path.parent.name != "browser" or not parameter:
+        return file
+    stem = next((each.stem for each in (FOLDER / "source").glob("*.py") if each.stem in parameter), parameter)
+    return f"page {stem}" if path.stem == "test_site" else stem
+
+
 def place(name: str) -> Path:
     return folder() / "ran" / f"{name}.ipynb"
 

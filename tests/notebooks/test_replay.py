@@ -65,3 +65,19 @@ def test_a_run_of_other_cells_is_not_taken(shared):
     keep(ran, shared)
     assert replay.earlier(FOLDER / f"{NAME}.ipynb", stored()) is None
     assert replay.earlier(shared / "other.ipynb", stored()) is None
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "group"),
+    [
+        ("tests/browser/test_explorers.py::test_chapter[05_lora_linear]", "05_lora_linear"),
+        ("notebooks/05_lora_linear.ipynb::Cell 3", "05_lora_linear"),
+        ("notebooks/solutions/05_lora_linear.ipynb::Cell 0", "05_lora_linear"),
+        ("tests/browser/test_site.py::test_a_page[solutions/05_lora_linear-dark]", "page 05_lora_linear"),
+        ("tests/browser/test_site.py::test_a_page[index]", "page index"),
+        ("tests/browser/test_site.py::test_links", "tests/browser/test_site.py"),
+        ("tests/test_tinylm.py::test_shape[05_lora_linear]", "tests/test_tinylm.py"),
+    ],
+)
+def test_a_chapter_stays_with_one_worker(nodeid, group):
+    assert replay.group(nodeid) == group
