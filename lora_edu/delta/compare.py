@@ -179,17 +179,16 @@ def _common_rows(name: str, old: Stored, new: Stored, found: Comparison) -> tupl
     longer, title = (new, "AFTER") if new.shape[0] > rows else (old, "BEFORE")
     count = longer.shape[0] - rows
     told = f"{count} rows ({rows} to {longer.shape[0] - 1}) in {title} alone"
-    if longer.format in FORMATS:
-        tail = read_whole(longer.rows(rows, longer.shape[0])).double()
-        head = read_whole(longer.rows(0, rows)).double()
-        told += (
-            f", norm of each {float(tail.flatten(1).norm(dim=1).mean()):.3g} in the mean"
-            if tail.dim() > 1
-            else ""
-        )
-        told += f" (of the others {float(head.flatten(1).norm(dim=1).mean()):.3g})" if head.dim() > 1 else ""
+    if longer.format in FORMATS and len(longer.shape) > 1:
+        tail, head = (_mean_row_norm(longer.rows(*part)) for part in ((rows, longer.shape[0]), (0, rows)))
+        told += f", norm of each {tail:.3g} in the mean (of the others {head:.3g})"
     found.new_rows[name] = told
     return old.rows(0, rows), new.rows(0, rows)
+
+
+def _mean_row_norm(stored: Stored) -> float:
+    """Mean norm of a matrix's rows, a few of them in memory at a time."""
+    return sum(float(block.double().norm(dim=1).sum()) for _, (block,) in blocks(stored)) / stored.shape[0]
 
 
 def _measure_pair(name: str, old: Stored, new: Stored, exact: bool, room: int) -> Figures:
@@ -346,13 +345,17 @@ def _beside(name: str, tensor: torch.Tensor, tensors: dict[str, Stored]) -> str:
         return told
     if stored.shape != tuple(tensor.shape):
         return f"{told} ({stored.shape} in BEFORE, {tuple(tensor.shape)} here)"
-    old, new = read_whole(stored).double(), tensor.double()
-    change = float((new - old).norm())
     coarser = max((FORMATS[stored.format], tensor.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    if torch.equal(old.to(coarser), new.to(coarser)):
+    change = norm = 0.0
+    same = True
+    for which, (old,) in blocks(stored):
+        new = tensor.reshape(stored.sides)[which]
+        change += float((new.double() - old.double()).square().sum())
+        norm += float(old.double().square().sum())
+        same &= torch.equal(old.to(coarser), new.to(coarser))
+    if same:
         return ""
-    norm = float(old.norm())
-    return f"trained whole beside LoRA, ‖change‖/‖W‖ = {change / norm:.3g}" if norm else told
+    return f"trained whole beside LoRA, ‖change‖/‖W‖ = {math.sqrt(change / norm):.3g}" if norm else told
 
 
 def kind(name: str) -> str:

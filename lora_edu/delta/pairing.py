@@ -6,6 +6,7 @@ Names and shapes alone: nothing is read here.
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from lora_edu.delta.files import Stored
@@ -33,6 +34,7 @@ class Names(NamedTuple):
     renamed: dict[tuple[str, str], int]
 
 
+@cache  # each layer of an adapter is looked for among all names of the base
 def canonical(name: str) -> str:
     """A tensor's name without what wrappers and adapters put into it."""
     name = unwrapped(name)[0].removeprefix(PREFIX)

@@ -345,9 +345,7 @@ def sort_keys(names: Iterable[str]) -> _Keys:
     names = list(names)
     for name in names:
         if len(name) > 300:
-            raise AdapterError(
-                f"a tensor's name must start with {PREFIX} and be short; got {printable(name)}"
-            )
+            raise AdapterError(_no_prefix(name))
     if any(".lora_down." in name or ".lora_up." in name for name in names):
         found = _sort_kohya(names)
     elif any(_MLX.fullmatch(name) for name in names):
@@ -413,11 +411,13 @@ def _without_prefix(found: _Keys, bare: list[str]) -> _Keys:
         found.notes.append("a LoRA in diffusers' layout (pytorch_lora_weights)")
         return found._replace(layout="diffusers")
     if found.pairs and any(key not in bare for pair in found.pairs.values() for key in pair.values()):
-        raise AdapterError(f"a tensor's name must start with {PREFIX} and be short; got {printable(bare[0])}")
-    found.objections.append(
-        f"a tensor's name must start with {PREFIX} and be short; got {printable(bare[0])}"
-    )
+        raise AdapterError(_no_prefix(bare[0]))
+    found.objections.append(_no_prefix(bare[0]))
     return found
+
+
+def _no_prefix(key: str) -> str:
+    return f"a tensor's name must start with {PREFIX} and be short; got {printable(key)}"
 
 
 def _sort_kohya(names: list[str]) -> _Keys:

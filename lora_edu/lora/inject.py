@@ -173,8 +173,7 @@ def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
             for name, original in beside.originals.items():
                 state[name].copy_(original)
         for name, shared in beside.untied.items():
-            module, _, last = name.rpartition(".")
-            setattr(model.get_submodule(module), last, shared)
+            set_parameter(model, name, shared)
     vars(model).pop("resize_token_embeddings", None)
     if "_trainable_before_lora" in vars(model):
         _set_trainable(model, vars(model).pop("_trainable_before_lora"))
@@ -275,6 +274,12 @@ def tied_to(model: nn.Module, name: str) -> list[str]:
         for kind, parameter in module.named_parameters(recurse=False)
         if same(parameter)
     ]
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put another Parameter in the place of the one called so; whatever shares the old one keeps it."""
+    module, _, last = name.rpartition(".")
+    setattr(model.get_submodule(module), last, parameter)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

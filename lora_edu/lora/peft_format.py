@@ -24,7 +24,7 @@ from lora_edu.text import printable
 
 from .adapter_files import CONFIG, PREFIX, WEIGHTS, Adapter, AdapterError, Factors, read_adapter
 from .checks import is_conv1d
-from .inject import lora_layers, replace_layers, unwrap
+from .inject import lora_layers, replace_layers, set_parameter, unwrap
 from .layers import LoRAEmbedding, LoRALinear
 
 __all__ = ["AdapterError", "Factors", "load_adapter", "read_adapter", "save_adapter"]
@@ -373,7 +373,7 @@ def _put_beside(
             # of a shared table that is trained in one of its places PEFT trains a copy
             if name in trained and not set(others) <= adapter.whole.keys():
                 untied[name] = mine
-                _set_parameter(model, name, nn.Parameter(value.to(mine).clone(), requires_grad=False))
+                set_parameter(model, name, nn.Parameter(value.to(mine).clone(), requires_grad=False))
             else:
                 originals[name] = mine.detach().clone()
                 mine.copy_(value)
@@ -390,8 +390,3 @@ def _put_beside(
         settings,
         untied,
     )
-
-
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    module, _, last = name.rpartition(".")
-    setattr(model.get_submodule(module), last, parameter)
