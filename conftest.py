@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 # The same examples every time, so that a red test is the change's own. HYPOTHESIS_PROFILE=nightly looks for new ones.
 hypothesis.settings.register_profile("fixed", derandomize=True)
-hypothesis.settings.register_profile("nightly", print_blob=True)
+hypothesis.settings.register_profile("nightly", derandomize=False, print_blob=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

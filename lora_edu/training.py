@@ -365,7 +365,7 @@ def _resume(path: Path, model, optimizer) -> tuple[int, History, dict | None]:
         part, _, rest = name.partition(".")
         parts[part][rest] = value
     mine = model.state_dict()
-    for name in {**mine, **parts["model"]}:
+    for name in [*mine, *sorted(parts["model"].keys() - mine.keys())]:
         here, there = (
             tuple(state[name].shape) if name in state else "missing" for state in (mine, parts["model"])
         )

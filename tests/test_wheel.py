@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lora_edu.paths import REPOSITORY
 
-# setuptools is not imported here: with distutils loaded before it, it refuses to be
+# found, not imported: whatever looks for pip in this process before makes setuptools refuse to be
 HAS_SETUPTOOLS = find_spec("setuptools") and int(version("setuptools").split(".")[0]) >= 77
 pytestmark = [
     pytest.mark.slow,

@@ -121,6 +121,8 @@ def made_up(rehearsal, tmp_path):
             record["items"][0]["found"] = about
         if name == "tiles":
             shape = {"kernel": "forward", "width": 4096, "tokens": 65_536, "rank": 16, "dtype": "bfloat16"}
+            # without what the rehearsal timed itself: on a busy machine one of its own tiles may win
+            record["items"] = [each for each in record["items"] if "tried" not in (each["found"] or {})]
             found = {"shipped_s": 2.0, "tried": [[SHIPS, 2.0], [FASTER, 1.0]]}
             record["items"].append({"inputs": shape | {"what": "in turns"}, "found": found})
             slower = {"shipped_s": 2.0, "tried": [[SHIPS, 2.0], [FASTER, 1.99]]}
@@ -166,8 +168,7 @@ def test_results_are_applied_to_the_table_of_tiles_the_record_and_its_plot(made_
     folder = copy / "benchmarks" / "results"
     result = json.loads((folder / "gpu_embedding.json").read_text("utf-8"))
     assert result["device"] == "Synthetic card" and result["rows"] and result["date"] == "2000-01-01"
-    # the rehearsal timed its own few tiles too, and on a busy machine one of those may have won
-    assert ["forward", 2, 16, 4096, 65_536, FASTER] in result["tiles"] and result["correct"]["failed"] == []
+    assert result["tiles"] == [["forward", 2, 16, 4096, 65_536, FASTER]] and result["correct"]["failed"] == []
     assert (folder / "gpu_embedding.png").read_bytes().startswith(b"\x89PNG")
 
 
