@@ -21,7 +21,7 @@ FLOORS = {
     2: ["tinylm", "lora", "loss"],
     3: ["training", "plots", "tuning"],
     4: ["explore", "exercises", "recording"],
-    5: ["cli", "lab", "doctor", "notebooks", "delta", "site", "guard"],
+    5: ["cli", "lab", "doctor", "notebooks", "delta", "adapters", "site", "guard"],
 }
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
 PACKAGE = REPOSITORY / "lora_edu"

@@ -4,7 +4,8 @@ from .functional import lora_embedding, lora_linear
 from .inject import add_lora, lora_layers, merge_lora, remove_lora, trainable_parameters, unmerge_lora
 from .layers import LoRAEmbedding, LoRALinear, MergeReport
 from .optimizers import pair_optimizers
-from .peft_format import AdapterError, load_adapter, read_adapter, save_adapter
+from .peft_format import AdapterError, load_adapter, read_adapter, save_adapter, write_adapter
+from .ranks import choose_ranks
 
 __all__ = [
     "AdapterError",
@@ -12,6 +13,7 @@ __all__ = [
     "LoRALinear",
     "MergeReport",
     "add_lora",
+    "choose_ranks",
     "load_adapter",
     "lora_embedding",
     "lora_layers",
@@ -23,4 +25,5 @@ __all__ = [
     "save_adapter",
     "trainable_parameters",
     "unmerge_lora",
+    "write_adapter",
 ]
