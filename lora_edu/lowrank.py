@@ -55,14 +55,26 @@ def svd_of_product(left: Tensor, right: Tensor) -> Factors:
     entries, and the work is (m + n) r² in place of m n min(m, n). In float64, since two roundings come together.
     Raises ValueError for factors that don't fit each other or aren't finite.
     """
+    left, right = _factors(left, right)
+    (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    return Factors(Q_left @ U, S, Vh @ Q_right.T)
+
+
+def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """S of `svd_of_product` alone, (min(m, n, r),) float64, largest first: half the work."""
+    left, right = _factors(left, right)
+    R_left, R_right = (torch.linalg.qr(each, mode="r").R for each in (left, right.T))
+    return torch.linalg.svdvals(R_left @ R_right.T)
+
+
+def _factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     left, right = _matrix(left, "left").double(), _matrix(right, "right").double()
     if left.shape[1] != right.shape[0]:
         raise ValueError(
             f"left must have as many columns as right has rows; got {_shape(left)} and {_shape(right)}"
         )
-    (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
-    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
-    return Factors(Q_left @ U, S, Vh @ Q_right.T)
+    return left, right
 
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:

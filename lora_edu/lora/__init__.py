@@ -6,6 +6,7 @@ from .layers import LoRAEmbedding, LoRALinear, MergeReport
 from .optimizers import pair_optimizers
 from .peft_format import AdapterError, load_adapter, read_adapter, save_adapter, write_adapter
 from .ranks import choose_ranks
+from .resizing import resize
 
 __all__ = [
     "AdapterError",
@@ -22,6 +23,7 @@ __all__ = [
     "pair_optimizers",
     "read_adapter",
     "remove_lora",
+    "resize",
     "save_adapter",
     "trainable_parameters",
     "unmerge_lora",
