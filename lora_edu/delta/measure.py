@@ -37,6 +37,7 @@ class Figures(NamedTuple):
     missing: why there is no ‖W‖, in a word. experts: how many matrices the figures are medians of.
     marked: the figures that rounding may have changed by more than a tenth.
     method: "full", "head" (a sketch that holds all but a negligible rest) or "factors" (of an adapter).
+    spectrum: (k, σ_k, share of ‖ΔW‖² in the first k) at the ranks k of `rank_grid`; of experts, the widest one's.
     """
 
     status: str
@@ -60,6 +61,7 @@ class Figures(NamedTuple):
     note: str = ""
     missing: str = ""
     experts: int | None = None
+    spectrum: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def relative_norm(self) -> float | None:
@@ -116,7 +118,7 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     scale = 2.0 ** min(-math.frexp(scan.largest)[1], 1000)
     found = _spectrum(lambda: _difference(before, after, scale), before.sides, edge * scale, room)
     return _with_ranks(known, found, edge * scale)._replace(
-        marked=marked + _marked(found.values, edge * scale)
+        marked=marked + _marked(found.values, edge * scale), spectrum=_thinned(found.values, scale)
     )
 
 
@@ -341,6 +343,22 @@ def _with_ranks(known: Figures, found: Spectrum, edge: float) -> Figures:
     return known._replace(**_ranks(found.values), above=_above(found.values, edge), method=found.method)
 
 
+def rank_grid(most: int) -> list[int]:
+    """The ranks at which a spectrum is kept: each up to 32, then eight in an octave, and the last."""
+    ranks = list(range(1, min(most, 32) + 1))
+    step = 4
+    while ranks[-1] < most:
+        ranks.append(min(ranks[-1] + step, most))
+        step *= 2 if ranks[-1] == 16 * step else 1
+    return ranks
+
+
+def _thinned(values: Tensor, scale: float = 1.0) -> tuple[tuple[int, float, float], ...]:
+    """A spectrum at the ranks of the grid, the singular values divided by `scale`."""
+    shares = lowrank.energy(values)
+    return tuple((k, float(values[k - 1]) / scale, float(shares[k - 1])) for k in rank_grid(len(values)))
+
+
 def _marked(values: Tensor, edge: float) -> tuple[str, ...]:
     """The figures that change by more than a tenth (a rank: and by more than 1) without what is below the edge."""
     count = _above(values, edge)
@@ -460,7 +478,7 @@ def _of_product(left: Tensor, right: Tensor, scaling: float, shape: tuple[int, .
     norm = float(torch.linalg.vector_norm(values))
     if not norm:
         return known._replace(status="equal", delta_norm=0.0)
-    return known._replace(delta_norm=norm, **_ranks(values))
+    return known._replace(delta_norm=norm, spectrum=_thinned(values), **_ranks(values))
 
 
 def together_as_one(parts: list[Figures], shape: tuple[int, ...]) -> Figures:
@@ -484,6 +502,7 @@ def together_as_one(parts: list[Figures], shape: tuple[int, ...]) -> Figures:
     told = f"{len(parts)} experts, medians"
     if worst is not None:
         told += f"; the widest, expert {parts.index(worst)}, takes rank {worst.rank_90} for 90 %"
+        whole = whole._replace(spectrum=worst.spectrum)
     unlike = {state: status.count(state) for state in dict.fromkeys(status) if state != "measured"}
     told += "".join(f"; {count} {state}" for state, count in unlike.items())
     common = status[0] if len(set(status)) == 1 else "not finite" if "not finite" in status else "measured"
