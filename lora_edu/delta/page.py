@@ -139,7 +139,8 @@ def _row(entry: Entry) -> str:
         f"<td>{f'{entry.copies} of ' if entry.copies > 1 else ''}{shape}</td><td>{entry.norm:.3g}</td>"
         '<td class="spectrum"></td>'
         '<td><span class="bar" aria-hidden="true"><i></i></span><span class="share"></span></td>'
-        f"<td>{entry.rank_90}</td><td>{'' if entry.above is None else entry.above}</td><td>{_text(entry.note)}</td></tr>"
+        f"<td>{entry.rank_90}</td><td>{'' if entry.above is None else entry.above}</td>"
+        f"<td>{_text(entry.note)}</td></tr>"
     )
 
 

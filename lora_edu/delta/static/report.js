@@ -56,9 +56,15 @@
     const least = Math.min(...points.map(([, s]) => s)), top = Math.max(points[0][1], each.floor || 0) * 1.3;
     const bottom = Math.max(Math.min(least, each.floor || least), top * 1e-7) / 1.3;
     const x = scale(1, Math.max(each.last, 2), 62, 704), y = scale(bottom, top, 282, 12);
-    for (let power = Math.ceil(Math.log10(bottom)); power <= Math.log10(top); power += 1) {
-      plot.append(svg("line", { class: "grid", x1: 62, x2: 704, y1: y(10 ** power), y2: y(10 ** power) }));
-      plot.append(svg("text", { x: 56, y: y(10 ** power) + 4, "text-anchor": "end" }, `1e${power}`));
+    const steps = top / bottom > 300 ? [1] : [1, 2, 5];
+    for (let power = Math.floor(Math.log10(bottom)); power <= Math.log10(top); power += 1) {
+      for (const tick of steps.map((step) => step * 10 ** power)) {
+        if (tick < bottom || tick > top) continue;
+        plot.append(svg("line", { class: "grid", x1: 62, x2: 704, y1: y(tick), y2: y(tick) }));
+        const plain = power >= -3 && power <= 3;
+        const text = plain ? String(Number(tick.toPrecision(2))) : tick.toExponential(0).replace("+", "");
+        plot.append(svg("text", { x: 56, y: y(tick) + 4, "text-anchor": "end" }, text));
+      }
     }
     for (let k = 1; k <= Math.max(each.last, 2); k *= 2) {
       plot.append(svg("line", { class: "grid", x1: x(k), x2: x(k), y1: 12, y2: 282 }));
