@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lora_edu.adapters import text_loss
 from lora_edu.adapters.usage import (
     Usage,
     by_kind,
@@ -78,24 +79,28 @@ def _run(options: argparse.Namespace) -> int:
     for path in (options.json, options.html):
         check_output(path, (options.adapter, options.text, options.model))
     adapter, notes = open_adapter(options.adapter)
+    held = text_loss.asked_for(options)
     hidden = options.quiet or not sys.stderr.isatty()
     uses = uses_of(
         adapter, lambda names: tqdm(names, unit="layer", leave=False, disable=hidden, file=sys.stderr)
     )
     for note in notes:
         print(f"{NAME}: {note}", file=sys.stderr)
+    rows = _losses(held, adapter, uses) if held else []
     from lora_edu.delta import report  # matplotlib, not needed for what can't be read
 
-    made = (
-        json.dumps(record(options.adapter, adapter, uses), indent=1, ensure_ascii=False, allow_nan=False)
-        + "\n"
-    )
+    told = record(options.adapter, adapter, uses) | (text_loss.record(held, rows) if held else {})
+    made = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if options.json and options.json != "-":
         write_atomically(expanded(options.json), made.encode("utf-8", "backslashreplace"))
     measured = any(each.status == "measured" for each in uses.values())
     if options.html and measured:
         write_page("inspect", options.html, page_of(options.adapter, uses))
-    shown = made if options.json == "-" else text(adapter, uses, report.terminal_width(sys.stdout))
+    shown = (
+        made if options.json == "-" else text(adapter, uses, report.terminal_width(sys.stdout), held is None)
+    )
+    if held and options.json != "-":
+        shown += "\n" + "\n".join(text_loss.lines(held, rows)) + "\n"
     print(shown, end="", flush=True)
     if measured:
         return 0
@@ -104,6 +109,13 @@ def _run(options: argparse.Namespace) -> int:
         file=sys.stderr if options.json == "-" else None,
     )
     return NOTHING_MEASURED
+
+
+def _losses(held: text_loss.HeldOut, adapter: Adapter, uses: Mapping[str, Usage]) -> list[text_loss.Row]:
+    cuts = dict(text_loss.USUAL)
+    if recommendation(uses)[0] == "resize":
+        cuts = {"cut to": lambda name, factors: uses[name].recommended} | cuts
+    return text_loss.losses(held, adapter.path, cuts)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,8 +169,8 @@ def open_adapter(name: str) -> tuple[Adapter, list[str]]:
 # --- what is shown ------------------------------------------------------------------------------------------
 
 
-def text(adapter: Adapter, uses: Mapping[str, Usage], width: int | None) -> str:
-    """The tables, the words under them, totals and the recommendation."""
+def text(adapter: Adapter, uses: Mapping[str, Usage], width: int | None, hint: bool = True) -> str:
+    """The tables, the words under them, totals and the recommendation. hint: that a text can be measured, too."""
     from lora_edu.delta import report
 
     lines = []
@@ -169,7 +181,7 @@ def text(adapter: Adapter, uses: Mapping[str, Usage], width: int | None) -> str:
         lines += report.table("kind", kinds, width, COLUMNS)
         lines += ["", *_totals(uses), ""]
         lines += [textwrap.fill(words, min(width or 100, 100)) for words in _words(uses)]
-        lines += ["", *_advice(uses, width)]
+        lines += ["", *_advice(uses, width, hint)]
     listed = [f"{printable(name)}: {why}" for name, why in adapter.refused.items()]
     listed += [
         f"{printable(name)}: stored whole, {' × '.join(map(str, each.shape))}"
@@ -262,7 +274,7 @@ def _words(uses: Mapping[str, Usage]) -> Iterator[str]:
         yield MEANING["experts"]
 
 
-def _advice(uses: Mapping[str, Usage], width: int | None) -> Iterator[str]:
+def _advice(uses: Mapping[str, Usage], width: int | None, hint: bool) -> Iterator[str]:
     what, why = recommendation(uses)
     said = {
         "resize": "Cut it: lora-edu resize ADAPTER OUT --energy 0.99",
@@ -271,7 +283,7 @@ def _advice(uses: Mapping[str, Usage], width: int | None) -> Iterator[str]:
         "nothing": "Nothing to recommend",
     }[what]
     yield textwrap.fill(f"{said}. Why: {why}.", min(width or 100, 100))
-    if what != "nothing":
+    if hint and what != "nothing":
         yield textwrap.fill(MEANING["energy"], min(width or 100, 100))
 
 

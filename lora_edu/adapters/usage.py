@@ -140,8 +140,8 @@ def recommendation(uses: Mapping[str, Usage]) -> tuple[str, str]:
     if 2 * len(flat) >= len(measured):
         return "higher", (
             f"in {len(flat)} of {len(measured)} layers no direction has more than twice the average energy: a cut "
-            "loses about as much of ‖ΔW‖² as it saves, and the rank may have been a limit. Noise has such a spectrum, too: "
-            "training with a higher rank and comparing the loss tells them apart"
+            "loses about as much of ‖ΔW‖² as it saves, and the rank may have been a limit. Noise has such a spectrum, "
+            "too: training with a higher rank and comparing the loss tells them apart"
         )
     return "keep", (
         f"99 % of ‖ΔW‖² in each layer takes {100 * left / now:.0f} % of the parameters, so a cut saves little"
