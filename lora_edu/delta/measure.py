@@ -91,6 +91,21 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     before_is_exact: tuning started from `before` as it is stored, so that only `after` was rounded.
     room: bytes of memory that may be used, besides the fixed cost of a block of rows.
     """
+    known, scale = norms(before, after, before_is_exact)
+    if known.edge is None or len(before.shape) < 2:
+        return known
+    found = _spectrum(lambda: difference(before, after, scale), before.sides, known.edge * scale, room)
+    return _with_ranks(known, found, known.edge * scale)._replace(
+        marked=known.marked + _marked(found.values, known.edge * scale),
+        spectrum=_thinned(found.values, scale),
+    )
+
+
+def norms(before: Stored, after: Stored, before_is_exact: bool = False) -> tuple[Figures, float]:
+    """(the figures of two stored tensors that need no spectrum, a power of two that brings ΔW's entries to size 1).
+
+    edge: None where ΔW is zero or not finite, so that there is no spectrum.
+    """
     grids = [precise_format(each) for each in (before, after)]
     formats = tuple(_called(each, grid) for each, grid in zip((before, after), grids, strict=True))
     dtypes = [FORMATS[grid] for grid in grids]
@@ -100,12 +115,13 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
         where = [
             f"{count} in {name}" for name, count in zip(("BEFORE", "AFTER"), scan.bad, strict=True) if count
         ]
-        return known._replace(status="not finite", note=f"NaN or infinite: {', '.join(where) or 'its norm'}")
+        note = f"NaN or infinite: {', '.join(where) or 'its norm'}"
+        return known._replace(status="not finite", note=note), 1.0
     known = known._replace(
         weight_norm=scan.weight, delta_norm=scan.delta, unchanged=1 - scan.changed / max(before.size, 1)
     )
     if not scan.changed:
-        return known._replace(status="equal", floor=None)
+        return known._replace(status="equal", floor=None), 1.0
     noise = _noise(scan, before_is_exact)
     floor, edge = noise.floor, ALLOWANCE * _largest_singular_value(noise, before, after, dtypes)
     known = known._replace(floor=floor, edge=edge, roundings=noise.roundings)
@@ -113,13 +129,7 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     marked = ("relative_norm",) if by_chance > (1 - (1 - CHANGE) ** 2) * scan.delta**2 else ()
     if scan.delta**2 <= by_chance:
         known = known._replace(status="floor")
-    if len(before.shape) < 2:
-        return known._replace(marked=marked)
-    scale = 2.0 ** min(-math.frexp(scan.largest)[1], 1000)
-    found = _spectrum(lambda: _difference(before, after, scale), before.sides, edge * scale, room)
-    return _with_ranks(known, found, edge * scale)._replace(
-        marked=marked + _marked(found.values, edge * scale), spectrum=_thinned(found.values, scale)
-    )
+    return known._replace(marked=marked), 2.0 ** min(-math.frexp(scan.largest)[1], 1000)
 
 
 def precise_format(stored: Stored) -> str:
@@ -206,7 +216,7 @@ def _squared(block: Tensor) -> float:
     return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
 
 
-def _difference(before: Stored, after: Stored, scale: float) -> Tensor:
+def difference(before: Stored, after: Stored, scale: float) -> Tensor:
     """scale · ΔW in float32. The scale brings its entries to size 1, so that no square is too large or small."""
     dtype = _common(before, after)
     delta = torch.empty(before.sides, dtype=torch.float32)

@@ -1,5 +1,7 @@
 """LoRA: layers, the functions under them, and adapters added to whole models and kept on disk."""
 
+from .combine import mix
+from .extract import Extracted, extract_lora
 from .functional import lora_embedding, lora_linear
 from .inject import add_lora, lora_layers, merge_lora, remove_lora, trainable_parameters, unmerge_lora
 from .layers import LoRAEmbedding, LoRALinear, MergeReport
@@ -10,16 +12,19 @@ from .resizing import resize
 
 __all__ = [
     "AdapterError",
+    "Extracted",
     "LoRAEmbedding",
     "LoRALinear",
     "MergeReport",
     "add_lora",
     "choose_ranks",
+    "extract_lora",
     "load_adapter",
     "lora_embedding",
     "lora_layers",
     "lora_linear",
     "merge_lora",
+    "mix",
     "pair_optimizers",
     "read_adapter",
     "remove_lora",
