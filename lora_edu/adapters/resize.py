@@ -184,17 +184,17 @@ def _check(adapter: Adapter, rule: Mapping[str, float]) -> None:
 
 
 def _check_out(out: Path, adapter: Adapter) -> None:
-    folder = _is_folder(adapter)
-    if out.exists() or out.is_symlink():
+    folder, shown = _is_folder(adapter), printable(out)
+    if out.is_symlink() or (out.exists() and not (folder and out.is_dir() and not any(out.iterdir()))):
+        raise CheckpointError(f"{shown} is there already, so it is not written over: give another name")
+    if folder and adapter.path.parent.resolve() in out.resolve().parents:
         raise CheckpointError(
-            f"{printable(out)} is there already, so it is not written over: give another name"
+            f"{shown} lies in the adapter's own folder, which is left alone: give another place"
         )
     if not out.parent.is_dir():
-        raise CheckpointError(f"{printable(out)} can't be written: no such folder")
+        raise CheckpointError(f"{shown} can't be written: no such folder")
     if not folder and out.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{printable(out)} must end in .safetensors, as ADAPTER is a file; or give another name"
-        )
+        raise CheckpointError(f"{shown} must end in .safetensors, as ADAPTER is a file; or give another name")
 
 
 def _is_folder(adapter: Adapter) -> bool:
@@ -269,7 +269,7 @@ def _put(
     out: Path, adapter: Adapter, tensors: dict[str, Tensor], metadata: dict[str, str], config: dict | None
 ) -> None:
     """Everything beside `out` first, then one rename; after a failure nothing is left."""
-    beside = out.with_name(f".{secrets.token_hex(4)}.{out.name}"[:200])
+    beside = out.with_name(f".{secrets.token_hex(4)}.new")
     try:
         if config is None:
             _save(tensors, beside, metadata)
@@ -278,10 +278,9 @@ def _put(
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
             (beside / CONFIG).write_bytes(text.encode("utf-8", "backslashreplace"))
             _save(tensors, beside / (MLX_WEIGHTS if adapter.layout == "MLX" else WEIGHTS), metadata)
-        if out.exists():  # since the check
-            raise CheckpointError(
-                f"{printable(out)} is there already, so it is not written over: give another name"
-            )
+        _check_out(out, adapter)  # something may have come since
+        if out.is_dir():
+            out.rmdir()  # empty
         os.rename(beside, out)
     except SafetensorError as error:
         raise CheckpointError(f"{printable(out)} can't be written: {printable(error)}") from None
