@@ -265,7 +265,7 @@ def _with_adapter(
     used = set()
     for layer in progress(list(adapter.layers)):
         factors = adapter.layers[layer]
-        target, why = _target(layer, adapter, tensors) if base else (None, "no base")
+        target, why = target_of(layer, adapter, tensors) if base else (None, "no base")
         name = target if target and why != "tied" else f"{layer}.weight"
         stored = tensors.get(target) if target else None
         if stored is not None:
@@ -302,7 +302,8 @@ def _with_adapter(
     return found
 
 
-def _target(layer: str, adapter: Adapter, tensors: dict[str, Stored]) -> tuple[str | None, str]:
+def target_of(layer: str, adapter: Adapter, tensors: dict[str, Stored]) -> tuple[str | None, str]:
+    """(the base's weight that an adapter's layer is for, or why there is none); see `layer_weight`."""
     factors = adapter.layers[layer]
     if factors.experts > 1 or adapter.config.get("target_parameters"):
         module = re.sub(r"(\.base_layer)+$", "", layer)
