@@ -283,7 +283,7 @@ def _with_adapter(
             f"{title}: LoRA on {kernels} convolutions (Conv2d and the like), measured as matrices out × (in · kernel)"
         )
     for name, tensor in adapter.whole.items():
-        if told := _beside(name, tensor, tensors):
+        if told := beside(name, tensor, tensors):
             found.not_measured[printable(name)] = told
     for name, (ids, rows) in adapter.rows.items():
         found.not_measured[printable(name)] = (
@@ -336,7 +336,7 @@ def _no_norm(stored: Stored, sides: tuple[int, int], experts: int) -> str:
     return "" if sorted(shape) == sorted(sides) else "other shape"
 
 
-def _beside(name: str, tensor: torch.Tensor, tensors: dict[str, Stored]) -> str:
+def beside(name: str, tensor: torch.Tensor, tensors: dict[str, Stored]) -> str:
     """What a tensor stored whole beside LoRA is, and how far from the base's; nothing where it is the base's own."""
     names = {canonical(each): each for each in tensors}
     place = names.get(name) or tied_table(name, tuple(tensor.shape), tensors)
