@@ -493,7 +493,8 @@ def _changed(plan: _Plan, name: str, format: str, nearest: float | None) -> Iter
     seed = plan.options.stochastic
     generator = None
     if seed is not None:
-        generator = torch.Generator().manual_seed((seed << 32 | zlib.crc32(name.encode())) & (2**63 - 1))
+        # 32 bits are all that torch's generator on a CPU takes of a seed
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     tally, plain = _Tally(), _Tally()
     for old, new in _rows(plan, name):
         written = rounded(new, dtype, generator)
