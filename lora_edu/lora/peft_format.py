@@ -93,14 +93,17 @@ def write_adapter(
     modules_to_save: Mapping[str, Tensor] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     settings: Mapping[str, object] | None = None,
+    common: str | None = None,
 ) -> Path:
     """Write an adapter that no model holds to `folder`, in PEFT's format; returns the folder.
 
     layers: name of the layer in the base → its factors; all of them are named in target_modules in full. Ranks and
     alphas that are not the most frequent ones go to rank_pattern and alpha_pattern, by full name.
-    modules_to_save: name of a parameter in the base → its trained value, kept whole; the biases of layers with LoRA
-    among them are what PEFT calls bias="all". tensors: what else the file shall hold, under the file's own keys (token
-    rows, as `Adapter.keys` names them). settings: entries of the configuration that replace those made here.
+    modules_to_save: name of a parameter in the base → its trained value, kept whole; biases alone, of a layer with
+    LoRA or of any other, are what PEFT calls bias="all". tensors: what else the file shall hold, under the file's
+    own keys (token rows, as `Adapter.keys` names them). settings: entries of the configuration that replace those
+    made here; stacks of experts need target_parameters among them. common: the layer whose rank and alpha stand in
+    the configuration as r and lora_alpha (by default the most frequent ones do; a stack of experts goes first).
     The files are put in place as `save_adapter` does it.
 
     Raises ValueError if there is nothing to write, if an entry isn't finite, or if the layers can't be expressed in
@@ -116,13 +119,18 @@ def write_adapter(
         held |= _tensors(name, factors.lora_A, factors.lora_B, factors.embedding)
         if factors.bias is not None:
             held[f"{PREFIX}{name}.lora_B.bias"] = factors.bias.detach().cpu().contiguous()
-    config = _config(layers, sorted(layers), base_model_name)
+    common = common or next((name for name, each in layers.items() if each.experts > 1), None)
+    parameters = (settings or {}).get("target_parameters") or []
+    by_parameter = {name.rpartition(".")[0] for name in parameters}
+    targets = sorted(name for name, each in layers.items() if each.experts == 1 and name not in by_parameter)
+    config = _config(layers, targets, base_model_name, common)
     whole, biases = set(), False
+    kept = {name.rpartition(".")[0] for name in modules_to_save or {} if not name.endswith(".bias")}
     for name, tensor in (modules_to_save or {}).items():
         module, _, last = name.rpartition(".")
         inside = module in layers
-        biases |= inside
-        whole |= set() if inside else {module}
+        biases |= module not in kept
+        whole |= {module} & kept
         key = f"{PREFIX}{module}.base_layer.{last}" if inside else f"{PREFIX}{name}"
         held[key] = tensor.detach().cpu().contiguous()
     config |= {"modules_to_save": sorted(whole) or None, "bias": "all" if biases else "none"}
@@ -186,11 +194,13 @@ def _config(
     layers: Mapping[str, LoRALinear | LoRAEmbedding | Factors],
     target_modules: list[str] | str,
     base_model_name: str | None,
+    common: str | None = None,
 ) -> dict:
     number = lambda alpha: int(alpha) if alpha == int(alpha) else alpha
     most_frequent = lambda values: Counter(values).most_common(1)[0][0] if layers else 1
-    rank = most_frequent(layer.rank for layer in layers.values())
-    alpha = most_frequent(layer.alpha for layer in layers.values())
+    usual = [layers[common]] if common else list(layers.values())
+    rank = most_frequent(layer.rank for layer in usual)
+    alpha = most_frequent(layer.alpha for layer in usual)
     key = lambda name: f"^{re.escape(name)}"  # PEFT matches the keys as patterns
     return {
         "peft_type": "LORA",
