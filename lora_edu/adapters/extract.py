@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_edu.adapters import weights
+from lora_edu.adapters import text_loss, weights
 from lora_edu.adapters.writing import check_new, whole_folder
 from lora_edu.delta import recognise
 from lora_edu.delta.files import FORMATS, Checkpoint, CheckpointError, Stored, open_checkpoint, read_whole
@@ -476,6 +476,9 @@ def _command(options: argparse.Namespace) -> int:
     def progress(matrices: list) -> tqdm:
         return tqdm(matrices, unit="matrix", leave=False, disable=hidden, file=sys.stderr)
 
+    if options.text and options.model is None:
+        options.model = options.before
+    held = text_loss.asked_for(options)
     report = extract(
         options.before,
         options.after,
@@ -490,7 +493,20 @@ def _command(options: argparse.Namespace) -> int:
     if options.json:
         write_atomically(expanded(options.json), json.dumps(record(report), indent=1).encode())
     print(text(report, options.out), flush=True)
+    if held and report.parameters:
+        print("\n".join(["", *_losses(held, options)]), flush=True)
     return 0 if report.parameters or report.kept else NOTHING_EXTRACTED
+
+
+def _losses(held: text_loss.HeldOut, options: argparse.Namespace) -> list[str]:
+    """The table of losses of the adapter that was written, and what the full fine-tune has."""
+    whole = {name: cut for name, cut in text_loss.USUAL.items() if name != "0"}
+    rows = text_loss.losses(held, options.out, whole)
+    lines = text_loss.lines(held, rows)
+    after = expanded(options.after)
+    if (after / "config.json").is_file():
+        lines.append(f"AFTER itself, the full fine-tune: {text_loss.loss_of(held, after):.4f}")
+    return lines
 
 
 def record(report: Report) -> dict:
@@ -604,6 +620,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--before-exact", action="store_true", help="tuning started from BEFORE just as it is stored"
     )
+    text_loss.add_options(parser, "default: BEFORE")
     parser.add_argument("--json", metavar="FILE", help="write every figure as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

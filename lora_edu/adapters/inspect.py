@@ -136,24 +136,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write one page with every spectrum and a slider over the rank; it needs no network",
     )
-    add_text_options(parser)
+    text_loss.add_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
-
-
-def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """--text, --model, --tokens: for the held-out loss beside each rank."""
-    parser.add_argument("--text", metavar="FILE", help="plain text to measure the loss on; needs --model")
-    parser.add_argument(
-        "--model", metavar="FOLDER", help="the base, a folder of transformers with its tokenizer; for --text"
-    )
-    parser.add_argument(
-        "--tokens",
-        metavar="N",
-        type=int,
-        default=16384,
-        help="how many of the text's tokens (default: 16384)",
-    )
 
 
 def open_adapter(name: str) -> tuple[Adapter, list[str]]:

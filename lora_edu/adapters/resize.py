@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_edu.adapters import text_loss
-from lora_edu.adapters.inspect import add_text_options, open_adapter
+from lora_edu.adapters.inspect import open_adapter
 from lora_edu.delta import BAD_INPUT
 from lora_edu.delta.files import CheckpointError
 from lora_edu.lora.adapter_files import (
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument(
         "--parameters", metavar="N", type=int, help="a budget for all layers together, spent where it counts"
     )
-    add_text_options(parser)
+    text_loss.add_options(parser)
     return parser
 
 

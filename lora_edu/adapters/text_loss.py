@@ -54,6 +54,23 @@ class Row(NamedTuple):
 Cut = Callable[[str, Factors], int]  # (layer, its factors) → the rank to keep, 0 for none
 
 
+def add_options(parser: argparse.ArgumentParser, model: str = "needed with --text") -> None:
+    """--text, --model, --tokens. model: what to say where --model is not given."""
+    parser.add_argument(
+        "--text", metavar="FILE", help="plain text in UTF-8: print the held-out loss beside each rank"
+    )
+    parser.add_argument(
+        "--model", metavar="FOLDER", help=f"the base, a folder of transformers with its tokenizer ({model})"
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        type=int,
+        default=16384,
+        help="how many of the text's tokens (default: 16384)",
+    )
+
+
 def asked_for(options: argparse.Namespace) -> HeldOut | None:
     """What --text and --model name, opened; None where --text is not given."""
     if options.text is None:
@@ -86,7 +103,8 @@ def open_text(model: str | Path, text: str | Path, tokens: int = 16384) -> HeldO
         )
     written = _read(text, tokens)
     with _quiet():
-        opened, ids = _open(model, written)
+        ids = _tokens(model, written)
+        opened = _opened(model)
     ids = torch.tensor(ids[:tokens], dtype=torch.long)
     table = opened.get_input_embeddings().weight.shape[0]
     if len(ids) < 2 or int(ids.max()) >= table:
@@ -135,27 +153,42 @@ def _quiet() -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _open(folder: Path, written: str) -> tuple[nn.Module, list[int]]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+
+def _tokens(folder: Path, written: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    with _one_line(folder):
+        return AutoTokenizer.from_pretrained(str(folder), **OFFLINE)(written)["input_ids"]
+
+
+def _opened(folder: Path) -> nn.Module:
+    """A causal language model in float32, all of whose weights are in the folder."""
+    from transformers import AutoModelForCausalLM
+
+    with _one_line(folder):
         model, told = AutoModelForCausalLM.from_pretrained(
-            str(folder), use_safetensors=True, output_loading_info=True, **options
+            str(folder), use_safetensors=True, output_loading_info=True, **OFFLINE
         )
-        ids = tokenizer(written)["input_ids"]
-    except Exception as error:  # whatever a stranger's folder makes transformers raise
-        first = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{printable(folder)} can't be opened by transformers: {printable(first or type(error).__name__, 200)}"
-        ) from None
     if told["missing_keys"]:
         some = printable(min(map(str, told["missing_keys"])))
         raise CheckpointError(
             f"{printable(folder)} lacks weights of a causal language model, such as {some}: its loss would mean nothing"
         )
-    return model.float().eval(), ids
+    return model.float().eval()
+
+
+@contextlib.contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Whatever a stranger's folder makes transformers raise, as a CheckpointError of one line."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{printable(folder)} can't be opened by transformers: {printable(first or type(error).__name__, 200)}"
+        ) from None
 
 
 def _check_causal(held: HeldOut) -> None:
@@ -180,6 +213,12 @@ def held_out_loss(held: HeldOut) -> float:
             logits = held.model(input_ids=ids[None]).logits[0, :-1]
             total += float(F.cross_entropy(logits.float(), ids[1:], reduction="sum"))
     return total / held.predicted
+
+
+def loss_of(held: HeldOut, model: str | Path) -> float:
+    """The loss of another model of the same tokens, such as a fine-tune, on the same windows."""
+    with _quiet():
+        return held_out_loss(held._replace(model=_opened(expanded(model))))
 
 
 def losses(held: HeldOut, adapter: str | Path, cuts: Mapping[str, Cut]) -> list[Row]:

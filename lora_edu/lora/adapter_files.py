@@ -386,6 +386,8 @@ def _sort_peft(names: list[str]) -> _Keys:
             _add(found.pairs.setdefault(match[1], {}), part, key, match[1])
         elif "lora_magnitude_vector" in name:
             found.refused[name.partition(".lora_magnitude_vector")[0]] = NOT_PRODUCT["use_dora"]
+        elif name.endswith(".lora_diag") or ".lora_diag." in name:
+            found.refused[name.partition(".lora_diag")[0]] = NOT_PRODUCT["kasa_config"]
         elif "trainable_tokens_delta" in name:
             table = re.split(r"\.token_adapter|\.trainable_tokens_delta", name)[0]
             found.rows[f"{table}.weight"] = key

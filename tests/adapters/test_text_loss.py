@@ -110,6 +110,32 @@ def test_inspect_and_resize_print_it(work, tmp_path, capsys):
     assert f"{again:.4f}" in next(line for line in out.splitlines() if line.startswith("new "))
 
 
+def test_extract_prints_it_beside_what_the_full_fine_tune_has(work, tmp_path, capsys):
+    tuned = llama()
+    torch.manual_seed(3)
+    for each in tuned.parameters():
+        if each.dim() > 1:
+            each.data += 0.1 * torch.randn_like(each)
+    tuned.save_pretrained(tmp_path / "after")
+    capsys.readouterr()
+    run = [
+        "extract",
+        str(work / "base"),
+        str(tmp_path / "after"),
+        str(tmp_path / "out"),
+        "--rank",
+        "16",
+        "--quiet",
+    ]
+    assert cli.main([*run, "--text", str(work / "text.txt"), "--tokens", "200"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    held = text_loss.open_text(work / "base", work / "text.txt", 200)
+    full = text_loss.loss_of(held, tmp_path / "after")
+    assert lines[-1] == f"AFTER itself, the full fine-tune: {full:.4f}"
+    at_r = float(next(line for line in lines if line.startswith("r  ")).split()[3])
+    assert at_r == pytest.approx(full, abs=2e-4)  # of matrices with a side of 16, all is kept
+
+
 def wrong(work, tmp_path) -> dict[str, tuple]:
     """What is wrong → (model, text, tokens, words of the message)."""
     (tmp_path / "short.txt").write_text("a")
