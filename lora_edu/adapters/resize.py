@@ -5,6 +5,7 @@ Files in, files out; the factors are lora/resizing.py's. PEFT's and MLX's folder
 
 import argparse
 import json
+import math
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora_edu.adapters import text_loss
 from lora_edu.adapters.inspect import open_adapter
@@ -129,11 +131,36 @@ def smaller(adapter: Adapter, **rule: float) -> dict[str, Factors]:
         layers = resize(adapter, **rule)
     except ValueError as error:
         raise AdapterError(printable(error, 400)) from None
-    if adapter.layout == "MLX" and len({each.rank for each in layers.values()}) > 1:
-        raise AdapterError(
-            "MLX's format has one rank for all layers, and some here have fewer directions: give a smaller --rank"
-        )
-    return layers
+    return _alike(layers) if _needs_one_rank(adapter) else layers
+
+
+def _needs_one_rank(adapter: Adapter) -> str:
+    """Whose format can't say a rank or an alpha of one layer; empty where it can.
+
+    Of target_parameters PEFT's keys name the module alone, its patterns the parameter.
+    """
+    if adapter.layout == "MLX":
+        return "MLX"
+    return "PEFT, of target_parameters," if adapter.config.get("target_parameters") else ""
+
+
+def _alike(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same updates with one rank, by directions of zeros, and one alpha, by what B takes of the scaling."""
+    rank = max(each.rank for each in layers.values())
+    first = next(iter(layers.values()))
+    scaling = first.scaling
+    alpha = scaling * (math.sqrt(rank) if first.rank_stabilised else rank)
+    made = {}
+    for name, each in layers.items():
+        more, B = rank - each.rank, each.lora_B.reshape(len(each.lora_B), each.rank, each.experts)
+        B = F.pad(B, (0, 0, 0, more)).flatten(1) * (each.scaling / scaling)
+        if each.embedding:
+            A = F.pad(each.lora_A, (0, more))
+        else:
+            A = F.pad(each.lora_A.reshape(each.experts, each.rank, -1), (0, 0, 0, more)).flatten(0, 1)
+        bias = None if each.bias is None else each.bias * (each.scaling / scaling)
+        made[name] = each._replace(lora_A=A, lora_B=B.to(each.lora_B.dtype), alpha=alpha, bias=bias)
+    return made
 
 
 def write(adapter: Adapter, layers: Mapping[str, Factors], out: Path) -> Resized:
@@ -172,10 +199,8 @@ def _check(adapter: Adapter, rule: Mapping[str, float]) -> None:
     most = max((each.rank for each in adapter.layers.values()), default=0)
     if rule.get("rank", 0) >= most:
         raise AdapterError(f"--rank must be below {most}, the adapter's largest rank; got {rule['rank']}")
-    if adapter.layout == "MLX" and "rank" not in rule:
-        raise AdapterError("MLX's format has one rank for all layers: give --rank")
-    if adapter.config.get("target_parameters") and "rank" not in rule:
-        raise AdapterError("PEFT has one rank for all of target_parameters: give --rank")
+    if (whose := _needs_one_rank(adapter)) and "rank" not in rule:
+        raise AdapterError(f"{whose} has one rank for all layers: give --rank")
     if adapter.layout == "diffusers" and adapter.config:
         raise AdapterError(
             "this file carries diffusers' own configuration in its header, which a cut would contradict: load it into "
@@ -227,6 +252,8 @@ def _rewritten(adapter: Adapter, layers: Mapping[str, Factors]) -> tuple[dict[st
             A = A.reshape(len(A), *tensors[keys["A"]].shape[1:])
             B = B.reshape(*B.shape, *tensors[keys["B"]].shape[2:])
         tensors[keys["A"]], tensors[keys["B"]] = A.contiguous(), B.contiguous()
+        if "bias" in keys:
+            tensors[keys["bias"]] = factors.bias.contiguous()
         if "alpha" in keys:
             old = tensors[keys["alpha"]]
             tensors[keys["alpha"]] = torch.full_like(old, factors.alpha)
@@ -244,8 +271,6 @@ def _config(adapter: Adapter, layers: Mapping[str, Factors]) -> dict | None:
     if adapter.layout == "MLX":
         config["lora_parameters"] = config["lora_parameters"] | {"rank": rank}
         return config
-    stacks = [each.rank for each in layers.values() if each.experts > 1]
-    rank = stacks[0] if stacks else rank
     number = lambda alpha: int(alpha) if alpha == int(alpha) else alpha
     alpha = Counter(number(each.alpha) for each in layers.values()).most_common(1)[0][0]
     place = lambda name: f"^{re.escape(name)}"  # PEFT matches the keys as patterns

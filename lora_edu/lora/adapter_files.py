@@ -489,10 +489,17 @@ def _assemble(weights: Path, config: dict | None, keys: _Keys, read: dict[str, T
             continue
         if not {"A", "B"} <= set(pair):
             raise AdapterError(f"{printable(name)} has lora_{next(iter(pair))} alone: the file is incomplete")
-        experts, parameter = stacks.get(name, (1, name))
+        experts, parameters = stacks.get(name, (1, [name]))
         factors = _factors(name, pair, read, keys.layout, config, experts)
-        place = parameter if experts > 1 else name
-        alpha, known = _alpha(place, pair, read, factors, config, alphas, deadline)
+        places = parameters if experts > 1 else [name]
+        told = {_alpha(place, pair, read, factors, config, alphas, deadline) for place in places}
+        if len(told) > 1:
+            refused[name] = (
+                "its keys don't say which of target_parameters it is for, and alpha_pattern gives "
+                f"{printable(', '.join(places))} different alphas"
+            )
+            continue
+        alpha, known = told.pop()
         guessed += not known
         layers[name] = factors._replace(alpha=alpha)
     if guessed:
@@ -535,18 +542,17 @@ def _assemble(weights: Path, config: dict | None, keys: _Keys, read: dict[str, T
 
 def _stacks(
     keys: _Keys, read: dict[str, Tensor], config: dict, deadline: float
-) -> dict[str, tuple[int, str]]:
-    """Of each layer of target_parameters: (how many experts its tensors stack, the parameter that it may be for).
+) -> dict[str, tuple[int, list[str]]]:
+    """Of each layer of target_parameters: (how many experts its tensors stack, the parameters that it may be for).
 
     Its keys name the module alone, with a .base_layer for each further parameter of it, and its tensors have E · r
-    rows. All stacks of a module have one E; which r goes with a parameter says rank_pattern. The parameters that fit
-    must agree on alpha.
+    rows. All stacks of a module have one E; which r goes with a parameter says rank_pattern.
     """
     targets = [each for each in config.get("target_parameters") or [] if isinstance(each, str)]
     if not targets or keys.layout != "PEFT":
         return {}
     ranks = _patterns(config.get("rank_pattern") or {})
-    modules: dict[str, dict[str, dict[int, str]]] = {}
+    modules: dict[str, dict[str, dict[int, list[str]]]] = {}
     for name, pair in keys.pairs.items():
         module = re.sub(r"(\.base_layer)+$", "", name)
         if not {"A", "B"} <= set(pair) or "lora_embedding_" in pair["A"]:
@@ -554,11 +560,11 @@ def _stacks(
         named = [f"{module}.{target.rpartition('.')[2]}" for target in targets]
         named = [each for each, target in zip(named, targets, strict=True) if _ends(each, target)]
         rows = read[pair["A"]].shape[0] if read[pair["A"]].dim() == 2 else 0
-        found: dict[int, str] = {}
+        found: dict[int, list[str]] = {}
         for parameter in named:
             rank = _first_match(ranks, parameter, config["r"], deadline, "rank_pattern")
             if isinstance(rank, int) and rank > 0 and rows % rank == 0:
-                found.setdefault(rows // rank, parameter)
+                found.setdefault(rows // rank, []).append(parameter)
         if found:
             modules.setdefault(module, {})[name] = found
     stacks = {}

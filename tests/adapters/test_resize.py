@@ -118,7 +118,7 @@ def test_diffusers_without_alpha(tmp_path):
 def test_mlx_takes_one_rank(tmp_path, capsys):
     old = made.mlx_folder(tmp_path / "old")
     assert resize(old, tmp_path / "new", "--energy", 0.9) == 2
-    assert "one rank for all layers: give --rank" in capsys.readouterr().err
+    assert "MLX has one rank for all layers: give --rank" in capsys.readouterr().err
     assert resize(old, tmp_path / "new", "--rank", 3) == 0
     check(old, tmp_path / "new", 3)
     config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
