@@ -386,7 +386,8 @@ def _measure(matrix: Matrix, count: int | None, left: float | None, exact: bool)
     rows, columns = matrix.old.sides
     if figures.edge is None:
         return told, Leading(torch.empty(rows, 0), torch.empty(0), torch.empty(0, columns), 0.0, True, 0.0)
-    found = leading(difference(matrix.old, matrix.new, scale), count, left, figures.edge * scale)
+    delta = difference(matrix.old, matrix.new, scale)
+    found = leading(delta, count, left, figures.edge * scale, figures.delta_norm * scale)
     head = found._replace(S=found.S / scale, norm=found.norm / scale, error=found.error / scale)
     return told | {
         "norm": head.norm,
