@@ -380,13 +380,17 @@ def _run(
 
 def _measure(matrix: Matrix, count: int | None, left: float | None, exact: bool) -> tuple[dict, Leading]:
     """Norms, rounding floor and leading directions of one ΔW."""
-    figures, scale = norms(matrix.old, matrix.new, exact)
+    figures, scale = norms(matrix.old, matrix.new, exact, tight=False)
     told = {"status": figures.status, "note": figures.note, "weight": figures.weight_norm or 0.0, "norm": 0.0}
     told |= {"floor": 0.0, "exhausted": True, "left": 0.0}
     rows, columns = matrix.old.sides
     if figures.edge is None:
         return told, Leading(torch.empty(rows, 0), torch.empty(0), torch.empty(0, columns), 0.0, True, 0.0)
-    found = leading(difference(matrix.old, matrix.new, scale), count, left, figures.edge * scale)
+    delta = difference(matrix.old, matrix.new, scale)
+    found = leading(delta, count, left, figures.edge * scale, figures.delta_norm * scale)
+    if found.exhausted and len(found.S) < min(rows, columns):  # at the edge: now it must be known well
+        figures, _ = norms(matrix.old, matrix.new, exact)
+        found = leading(delta, count, left, figures.edge * scale, figures.delta_norm * scale)
     head = found._replace(S=found.S / scale, norm=found.norm / scale, error=found.error / scale)
     return told | {
         "norm": head.norm,

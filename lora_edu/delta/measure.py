@@ -101,10 +101,13 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     )
 
 
-def norms(before: Stored, after: Stored, before_is_exact: bool = False) -> tuple[Figures, float]:
+def norms(
+    before: Stored, after: Stored, before_is_exact: bool = False, tight: bool = True
+) -> tuple[Figures, float]:
     """(the figures of two stored tensors that need no spectrum, a power of two that brings ΔW's entries to size 1).
 
-    edge: None where ΔW is zero or not finite, so that there is no spectrum.
+    edge: None where ΔW is zero or not finite, so that there is no spectrum. Unless `tight`, it is only a bound from
+    above, which spares another pass over both files.
     """
     grids = [precise_format(each) for each in (before, after)]
     formats = tuple(_called(each, grid) for each, grid in zip((before, after), grids, strict=True))
@@ -123,7 +126,7 @@ def norms(before: Stored, after: Stored, before_is_exact: bool = False) -> tuple
     if not scan.changed:
         return known._replace(status="equal", floor=None), 1.0
     noise = _noise(scan, before_is_exact)
-    floor, edge = noise.floor, ALLOWANCE * _largest_singular_value(noise, before, after, dtypes)
+    floor, edge = noise.floor, ALLOWANCE * _largest_singular_value(noise, before, after, dtypes, tight)
     known = known._replace(floor=floor, edge=edge, roundings=noise.roundings)
     by_chance = max((ALLOWANCE * floor) ** 2, floor**2 + BY_CHANCE * noise.spread)
     marked = ("relative_norm",) if by_chance > (1 - (1 - CHANGE) ** 2) * scan.delta**2 else ()
@@ -272,7 +275,9 @@ def _noise(scan: _Scan, before_is_exact: bool) -> _Noise:
     return _Noise(whose, floor, scale * math.sqrt(fourths / 180), rows, columns, scale, error)
 
 
-def _largest_singular_value(noise: _Noise, before: Stored, after: Stored, dtypes: list[torch.dtype]) -> float:
+def _largest_singular_value(
+    noise: _Noise, before: Stored, after: Stored, dtypes: list[torch.dtype], tight: bool = True
+) -> float:
     """The largest singular value that the noise can have, were none of its roundings but a few worse than average.
 
     Of independent noise whose size differs from entry to entry it is at most about that of the noisiest row plus
@@ -283,12 +288,14 @@ def _largest_singular_value(noise: _Noise, before: Stored, after: Stored, dtypes
     √((h² + R)(h² + C)) / h (Benaych-Georges & Nadakuditi 2012, section 3.1, there for R and C of equal entries).
     Two large entries of one row or column, both off by as much as can be, are such an h = √(h₁² + h₂²).
     """
-    edge = math.sqrt(float(noise.rows.max())) + math.sqrt(float(noise.columns.max()))
+    R, C = float(noise.rows.max()), float(noise.columns.max())
+    edge = math.sqrt(R) + math.sqrt(C)
     # h² can be twice the square of the largest error: below √(RC) of the noisiest lines no pair stands out
-    if 2 * noise.largest_error**2 <= math.sqrt(float(noise.rows.max())) * math.sqrt(
-        float(noise.columns.max())
-    ):
+    squared = 2 * noise.largest_error**2
+    if squared <= math.sqrt(R) * math.sqrt(C):
         return edge
+    if not tight:  # h² + R + C + RC/h² grows with all three from there on
+        return math.sqrt((squared + R) * (squared + C) / squared)
     loudest = _Loudest(noise.columns.numel())
     for which, pair in blocks(before, after):
         steps = [

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lora_edu import lowrank
+
 from .adapter_files import Adapter, Factors
 
 
@@ -87,7 +89,7 @@ def from_products(like: Factors, products: Sequence[tuple[Tensor, Tensor]]) -> F
 def cut(factors: Factors, rank: int) -> tuple[Factors, float]:
     """(the nearest factors of at most this rank, ‖what is lost‖_F / ‖ΔW‖_F), ΔW = s · left right never formed.
 
-    QR of both factors, left = Q R and rightᵀ = P T; the SVD of the small core s R Tᵀ is that of ΔW (Eckart & Young).
+    The SVD of the product comes from QR of both factors (`lowrank.svd_of_product`; Eckart & Young).
     Experts are cut one by one. Where the rank is no smaller, the factors come back as they are.
     """
     if rank < 1:
@@ -97,11 +99,12 @@ def cut(factors: Factors, rank: int) -> tuple[Factors, float]:
     lost = whole = 0.0
     products = []
     for left, right in factors.products():
-        (Q, R), (P, T) = (torch.linalg.qr(each.double()) for each in (left, right.T))
-        U, S, Vh = torch.linalg.svd(factors.scaling * R @ T.T)
+        U, S, Vh = lowrank.svd_of_product(left, right)
+        S = abs(factors.scaling) * S
         root = S[:rank].sqrt()
         dtype = torch.promote_types(left.dtype, torch.float32)
-        products.append(((Q @ (U[:, :rank] * root)).to(dtype), (root[:, None] * (Vh[:rank] @ P.T)).to(dtype)))
+        sign = math.copysign(1.0, factors.scaling)
+        products.append((sign * (U[:, :rank] * root).to(dtype), (root[:, None] * Vh[:rank]).to(dtype)))
         lost, whole = lost + float(S[rank:].square().sum()), whole + float(S.square().sum())
     bias = factors.bias
     if bias is not None:

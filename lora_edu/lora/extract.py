@@ -176,17 +176,19 @@ def _together(spectra: Sequence[Tensor]) -> Tensor:
     return squares.sqrt()
 
 
-def leading(delta: Tensor, rank: int | None, left: float | None, edge: float, seed: int = 0) -> Leading:
+def leading(
+    delta: Tensor, rank: int | None, left: float | None, edge: float, norm: float | None = None
+) -> Leading:
     """As many of ΔW's leading directions as are asked for, by randomised SVD; none at or below `edge`.
 
     delta: (m, n). Either `rank` directions, or so many that at most the share `left` of ‖ΔW‖_F² is left: then the
-    sketch is doubled until it holds them, or until it reaches the edge.
+    sketch is doubled until it holds them, or until it reaches the edge. norm: ‖ΔW‖_F, where it is known.
     """
     smaller = min(delta.shape)
-    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) if norm is None else norm
     count = min(rank if rank is not None else FIRST, smaller)
     while True:
-        found = lowrank.randomized_svd(delta, count, seed=seed)
+        found = lowrank.randomized_svd(delta, count)
         above = int((found.S > max(edge, RESOLUTION * float(found.S[0]))).sum())
         exhausted = above < count or count == smaller
         if rank is not None or exhausted or found.error**2 <= left * norm**2:
