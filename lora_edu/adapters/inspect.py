@@ -48,9 +48,9 @@ MEANING = {
     "(‖ΔW‖²/σ₁²) and effective rank (exp of the entropy of σ/Σσ). 90, 99 %: the rank that holds so much of ‖ΔW‖². "
     "at r/2, at r/4: the share of ‖ΔW‖² that the best cut to that rank keeps. cut to: the rank of 99 %, where that is "
     "three quarters of r or less.",
-    "above": "above: how many singular values are larger than any in 40 draws of noise: products of Gaussian factors "
-    "of the same shapes, scaled to the same ‖ΔW‖ (parallel analysis, Horn 1965). It tells structure from noise, not "
-    "use from waste: of an update that uses all its directions alike none is above.",
+    "above": "above: how many singular values are larger than any in 40 draws of noise (5 where r > 256): products "
+    "of Gaussian factors of the same shapes, scaled to the same ‖ΔW‖ (parallel analysis, Horn 1965). It tells "
+    "structure from noise, not use from waste: of an update that uses all its directions alike none is above.",
     "energy": "Energy is not behaviour: --text FILE --model FOLDER measures the loss at each rank.",
     "equal": "equal: ΔW = 0, as before training.",
     "not finite": "NaN/Inf: the factors have entries that are not finite.",

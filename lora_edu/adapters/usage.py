@@ -17,6 +17,9 @@ WORTH = 0.75  # a cut is recommended where it leaves at most that share of the r
 FLAT = 0.5  # stable rank over r from which on all directions count as used: σ₁² is at most twice the average
 
 
+DRAWS, FEW_DRAWS = 40, 5  # of noise; the second where min(m, n, r) is above 256
+
+
 class Usage(NamedTuple):
     """What one layer makes of its rank r. Norms are Frobenius; ΔW = s · BA.
 
@@ -97,7 +100,9 @@ def use_of(factors: Factors) -> Usage:
 
 
 def _edge(factors: Factors, values: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(values)) * lowrank.product_noise_edge(*factors.sides, factors.rank)
+    draws = DRAWS if len(values) <= 256 else FEW_DRAWS  # there each takes long, and they hardly differ
+    edge = lowrank.product_noise_edge(*factors.sides, factors.rank, draws)
+    return float(torch.linalg.vector_norm(values)) * edge
 
 
 def uses_of(adapter: Adapter, progress: Callable[[list], object] = iter) -> dict[str, Usage]:

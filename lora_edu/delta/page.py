@@ -134,8 +134,9 @@ def page(title: str, lead: Iterable[str], entries: Sequence[Entry], line: str, a
 
 def _row(entry: Entry) -> str:
     shape = " × ".join(map(str, entry.sides))
+    name = _text(entry.name).replace(".", ".<wbr>")
     return (
-        f'<tr><th scope="row"><button type="button" aria-pressed="false">{_text(entry.name)}</button></th>'
+        f'<tr><th scope="row"><button type="button" aria-pressed="false">{name}</button></th>'
         f"<td>{f'{entry.copies} of ' if entry.copies > 1 else ''}{shape}</td><td>{entry.norm:.3g}</td>"
         '<td class="spectrum"></td>'
         '<td><span class="bar" aria-hidden="true"><i></i></span><span class="share"></span></td>'

@@ -111,11 +111,12 @@
 
   rows.forEach((row, index) => {
     row.querySelector(".spectrum").append(spark(data.matrices[index]));
-    row.querySelector("button").addEventListener("click", () => {
+    row.querySelector("button").addEventListener("click", (event) => {
       rows[chosen].querySelector("button").setAttribute("aria-pressed", "false");
       chosen = index;
       row.querySelector("button").setAttribute("aria-pressed", "true");
       update();
+      if (event.isTrusted) title.scrollIntoView();
     });
   });
   slider.max = data.ranks.length - 1;
