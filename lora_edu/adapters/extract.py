@@ -345,6 +345,12 @@ def _run(
         {m.key: len(m.layers) for m in usable},
     )
     layers, targets = _layers(usable, ranks, numbers, store)
+    shared = next((m for m in usable if len(m.layers) > 1 and ranks[m.key]), None)
+    if shared is not None:
+        notes.append(
+            f"{', '.join(shared.layers)} share one table in the base, so each has the same factors: merge with "
+            "`lora-edu merge` (PEFT's merge_and_unload would add them to the table once for each)"
+        )
     targets += [f"{layer}.weight" for layer in layers if weights.is_router(layer, tuned.tensors)]
     rows = {}
     for m in matrices:

@@ -22,6 +22,10 @@ ALONE = 4 / 3  # one rounding can be that much more than its average: what is ro
 CHANGE = 0.1  # a figure is marked where rounding may have changed it by more than this share
 ENTROPY_ERROR = 0.01  # what a sketch may leave uncertain of the effective rank
 RESOLUTION = 4 * torch.finfo(torch.float32).eps  # singular values below that share of σ₁ are our own rounding
+LARGE = 512  # smaller sides below that take no time worth saving
+SHAKY = (
+    64 * torch.finfo(torch.float32).eps
+)  # float32's error in σ² over σ₁², four times what was ever measured
 SHARES = (0.5, 0.9, 0.99)
 MARKABLE = ("relative_norm", "stable_rank", "effective_rank", "rank_50", "rank_90", "rank_99")
 
@@ -396,64 +400,88 @@ def _marked(values: Tensor, edge: float) -> tuple[str, ...]:
 def _spectrum(build: Callable[[], Tensor], sides: tuple[int, int], edge: float, room: int) -> Spectrum:
     """Singular values of the float32 matrix that `build` makes: the head alone where the rest is negligible.
 
-    Else the whole: from the float64 Gram matrix of the smaller side (half the time of an SVD, and exact to
-    10⁻⁸ σ₁), or, where its two copies would not fit into `room`, by a float32 SVD without vectors.
+    Else the whole: from the Gram matrix of the smaller side (a third to a half of the time of an SVD), summed in
+    float64 (then exact to 10⁻⁸ σ₁) unless the spectrum is so flat that float32 does, or, where its two copies would
+    not fit into `room`, by a float32 SVD without vectors.
     """
     delta = build()
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
-    head = _head(tall, edge)
+    head, flat = _head(tall, edge)
     if head is not None:
         return Spectrum(head, "head")
     smaller = min(sides)
     if 16 * smaller**2 > room or 4 * math.prod(sides) + 8 * smaller**2 > room:
         return Spectrum(torch.linalg.svdvals(delta).double(), "full")
-    gram = _gram(tall)
+    if flat and smaller >= LARGE:
+        squares = torch.linalg.eigvalsh(_gram(tall, torch.float32)).double().clamp_(min=0)
+        if _sharp(squares):
+            return Spectrum(squares.sqrt_().flip(0), "full")
+    gram = _gram(tall, torch.float64)
     del delta, tall  # the eigenvalue routine needs a copy of the Gram matrix
     return Spectrum(torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt_().flip(0), "full")
 
 
-def _gram(tall: Tensor) -> Tensor:
-    """Lower triangle of AᵀA in float64 (what `eigvalsh` reads), summed over a few rows of A at a time."""
+def _gram(tall: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lower triangle of AᵀA (what `eigvalsh` reads), summed over a few rows of A at a time."""
     rows, columns = tall.shape
-    gram = torch.zeros(columns, columns, dtype=torch.float64)
+    gram = torch.zeros(columns, columns, dtype=dtype)
     step, wide = max(64, BLOCK // columns), max(64, -(-columns // 8))
+    if (
+        dtype == torch.float32
+    ):  # nothing to convert, so larger pieces cost nothing; each sum is rounded less often
+        step = max(1024, step)
     for first in range(0, rows, step):
-        block = tall[first : first + step].double()
+        block = tall[first : first + step].to(dtype)
         for left in range(0, columns, wide):
             right = left + wide
             gram[left:right, :right].addmm_(block[:, left:right].T, block[:, :right])
     return gram
 
 
-def _head(tall: Tensor, edge: float, most: int = 272, probes: int = 8) -> Tensor | None:
-    """The leading singular values from one random sketch (Halko, Martinsson & Tropp 2011), or None.
+def _sharp(squares: Tensor) -> bool:
+    """Whether float32's error in σ², SHAKY · σ₁², changes the singular values together by less than 10⁻³ of their sum.
 
-    The sketch is an eighth of the smaller side wide, so that trying costs little. Fresh random vectors tell the
-    norm τ of what it misses. Only if no figure depends on that is it taken: by Mirsky's theorem all singular
-    values together are off by at most √n τ, which bounds the effective rank (Fannes & Audenaert).
+    By Weyl's theorem no σ² is off by more; σ then by δ/2σ, or √δ where it is smaller than that.
+    """
+    shift = SHAKY * float(squares[-1])
+    values = squares.sqrt()
+    return float((shift / 2 / values.clamp(min=math.sqrt(shift) / 2)).sum()) <= 1e-3 * float(values.sum())
+
+
+def _head(tall: Tensor, edge: float, most: int = 272, probes: int = 8) -> tuple[Tensor | None, bool]:
+    """(the leading singular values from one random sketch, or None; whether so many directions are alike that there
+    is no head).
+
+    The sketch (Halko, Martinsson & Tropp 2011) is an eighth of the smaller side wide, so that trying costs little. It
+    isn't tried where the moments say that it must fail: with nearly all energy in w directions, (Σσ²)² is at most
+    w Σσ⁴ (Cauchy–Schwarz), and Σσ⁴ = E‖AᵀA g‖² for random g. Fresh random vectors tell the norm τ of what it misses.
+    Only if no figure depends on that is it taken: by Mirsky's theorem all singular values together are off by at
+    most √n τ, which bounds the effective rank (Fannes & Audenaert).
     """
     columns = tall.shape[1]
     width = min(most, columns // 8)
     if width < 4:
-        return None
+        return None, False
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(columns, width, generator=generator)
     total = math.sqrt(sum(_squared(part) for part in tall.split(max(1, BLOCK // columns))))
-    Q = torch.linalg.qr(tall @ directions).Q
     images = tall @ torch.randn(columns, probes, generator=generator)
+    if total**4 > 2 * width * _squared(tall.T @ images) / probes:
+        return None, True
+    Q = torch.linalg.qr(tall @ directions).Q
     images -= Q @ (Q.T @ images)
     # √2: a mean over 8 vectors is hardly ever half of what it estimates
     missing = math.sqrt(2 * _squared(images) / probes)
     if missing > 1e-3 * total:
-        return None
+        return None, False
     values = torch.linalg.svdvals(Q.T @ tall).double()
     share = math.sqrt(columns) * missing / float(values.sum())
     if share <= 0:
-        return values
+        return values, False
     uncertain = share * math.log(columns) - share * math.log(min(share, 1 / math.e))
     # where half of the sketch stands above the edge, there may be more of such past it
     hides = float(values[width // 2]) > 0.8 * max(edge, RESOLUTION * float(values[0]))
-    return None if hides or uncertain > math.log1p(ENTROPY_ERROR) else values
+    return (None if hides or uncertain > math.log1p(ENTROPY_ERROR) else values), False
 
 
 # --- adapters -----------------------------------------------------------------------------------------------

@@ -65,8 +65,9 @@ def test_base_and_adapter_in_peft_are_base_and_truncated_delta(family, families,
     assert (wanted - families.logits(before)).abs().max() > 0.1
     assert torch.allclose(families.logits(adapted), wanted, atol=2e-5)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["after", "before", "out"]
-    said = capsys.readouterr().out
+    said, noted = capsys.readouterr()
     assert ("embed_positions" in said) == (family == "opt") and "matrices that changed" in said
+    assert ("share one table" in noted) == (family in ("bert", "gpt2", "opt", "t5"))
 
 
 @pytest.mark.filterwarnings("ignore")
