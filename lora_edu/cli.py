@@ -18,6 +18,10 @@ COMMANDS = {
     "doctor": ("lora_edu.doctor", "say what this machine has and which chapters can run on it", False),
     "data": ("lora_edu.recording.make", "make the shipped checkpoints anew (an hour on two cores)", True),
     "delta": ("lora_edu.delta", "the spectrum of the difference between two checkpoints", False),
+    "extract": ("lora_edu.adapters.extract", "a LoRA adapter out of a full fine-tune", False),
+    "merge": ("lora_edu.adapters.merge", "adapters merged into a base model's files", False),
+    "inspect": ("lora_edu.adapters.inspect", "which rank a trained adapter really uses", False),
+    "resize": ("lora_edu.adapters.resize", "a smaller adapter out of a trained one", False),
     "count": ("lora_edu.counting", "parameters, bytes and FLOPs of LoRA on a model's real shapes", False),
 }
 

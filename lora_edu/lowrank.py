@@ -4,11 +4,13 @@ For looking at matrices after the fact: results carry no gradients. Low-rank lay
 Half precision is computed, and returned, in float32: rounding a rank-8 matrix back would give it full rank.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +46,35 @@ def svd(matrix: Tensor) -> Factors:
     Raises ValueError for anything that is not a finite, non-empty matrix of real numbers.
     """
     return Factors(*torch.linalg.svd(_matrix(matrix), full_matrices=False))
+
+
+def svd_of_product(left: Tensor, right: Tensor) -> Factors:
+    """The thin SVD of left · right, (m, r) · (r, n), from QR of both factors; their product is never made.
+
+    left = Q₁R₁, rightᵀ = Q₂R₂ and R₁R₂ᵀ = U′SV′ᵀ, which is r × r at most: U = Q₁U′, V = Q₂V′. So S has min(m, n, r)
+    entries, and the work is (m + n) r² in place of m n min(m, n). In float64, since two roundings come together.
+    Raises ValueError for factors that don't fit each other or aren't finite.
+    """
+    left, right = _factors(left, right)
+    (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    return Factors(Q_left @ U, S, Vh @ Q_right.T)
+
+
+def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """S of `svd_of_product` alone, (min(m, n, r),) float64, largest first: half the work."""
+    left, right = _factors(left, right)
+    R_left, R_right = (torch.linalg.qr(each, mode="r").R for each in (left, right.T))
+    return torch.linalg.svdvals(R_left @ R_right.T)
+
+
+def _factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    left, right = _matrix(left, "left").double(), _matrix(right, "right").double()
+    if left.shape[1] != right.shape[0]:
+        raise ValueError(
+            f"left must have as many columns as right has rows; got {_shape(left)} and {_shape(right)}"
+        )
+    return left, right
 
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:
@@ -338,6 +369,35 @@ def marchenko_pastur(singular_values: Tensor, rows: int, columns: int, sigma: fl
     # A square matrix has s₋ = 0, where √(s²)/s is 1.
     small = torch.finfo(torch.float64).tiny
     return inside / (math.pi * sigma**2 * min(rows, columns) * s.clamp(min=small))
+
+
+@functools.lru_cache(maxsize=4096)
+def product_noise_edge(rows: int, columns: int, rank: int, draws: int = 40, seed: int = 0) -> float:
+    """The largest singular value in `draws` products of independent Gaussian factors, each of Frobenius norm 1.
+
+    (m, r) · (r, n): what an update s · BA without structure looks like, were it scaled to ‖ΔW‖ = 1. A singular value
+    above it has a chance of about 1 in draws + 1 to be noise of that norm and rank (parallel analysis: Horn 1965).
+    With r far below m and n all r are nearly equal, 1/√r. The factors themselves are not drawn, but the triangles of
+    their QR: χ_{m − i + 1} on the diagonal and normal above it (Bartlett 1933; Muirhead 1982, theorem 3.2.14).
+    """
+    _check_noise(rows, columns, 1.0)
+    if operator.index(rank) < 1 or operator.index(draws) < 1:
+        raise ValueError(f"rank and draws must be at least 1; got {rank} and {draws}")
+    generator = np.random.default_rng(seed)
+    largest = 0.0
+    for _ in range(draws):
+        product = _triangle(rows, rank, generator) @ _triangle(columns, rank, generator).T
+        values = np.linalg.svd(product, compute_uv=False)
+        largest = max(largest, float(values[0] / np.linalg.norm(values)))
+    return largest
+
+
+def _triangle(rows: int, rank: int, generator: np.random.Generator) -> np.ndarray:
+    """R of the QR of an (m, r) matrix of standard normal entries; for m < r the matrix itself."""
+    if rows < rank:
+        return generator.standard_normal((rows, rank))
+    above = np.triu(generator.standard_normal((rank, rank)), 1)
+    return above + np.diag(np.sqrt(generator.chisquare(np.arange(rows, rows - rank, -1))))
 
 
 def denoising_threshold(rows: int, columns: int, sigma: float = 1.0) -> float:

@@ -60,11 +60,11 @@ def test_delta_and_count_work(elsewhere):
     save_file({"a.weight": W}, elsewhere.parent / "before.safetensors")
     update = torch.randn(60, 2) @ torch.randn(2, 40)
     save_file({"a.weight": W + update}, elsewhere.parent / "after.safetensors")
-    done = run(
-        elsewhere, "lora_edu.cli", "delta", "before.safetensors", "after.safetensors", "--plot", "p.png"
-    )
+    pair = ("before.safetensors", "after.safetensors")
+    done = run(elsewhere, "lora_edu.cli", "delta", *pair, "--plot", "p.png", "--html", "p.html")
     assert done.returncode == 0 and "60×40" in done.stdout, done.stderr
     assert (elsewhere.parent / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<script>" in (elsewhere.parent / "p.html").read_bytes()
 
 
 def test_what_needs_the_repository_says_so_in_one_line_and_writes_nothing(elsewhere):

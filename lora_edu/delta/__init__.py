@@ -6,7 +6,7 @@ The command line alone: what is read is in files.py, the figures in measure.py, 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from lora_edu.delta.files import CheckpointError, open_checkpoint
 from lora_edu.delta.measure import Figures
 from lora_edu.lora.peft_format import AdapterError
 from lora_edu.paths import expanded, write_atomically
-from lora_edu.text import printable
+from lora_edu.text import format_bytes, printable
 
 __all__ = ["CheckpointError", "Comparison", "Figures", "compare", "main", "open_checkpoint"]
 
@@ -39,8 +39,10 @@ def main(arguments: Sequence[str]) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.plot == "-":
         raise CheckpointError("--plot needs a file's name: a picture isn't printed")
-    for path in (options.json, options.plot):
-        _check_output(path, options)
+    if options.html == "-":
+        raise CheckpointError("--html needs a file's name: a page isn't printed")
+    for path in (options.json, options.plot, options.html):
+        check_output(path, (options.before, options.after))
     hidden = options.quiet or not sys.stderr.isatty()
 
     def progress(names: list) -> tqdm:
@@ -61,6 +63,13 @@ def _run(options: argparse.Namespace) -> int:
         write_atomically(expanded(options.json), made.encode("utf-8", "backslashreplace"))
     if options.plot:
         write_atomically(expanded(options.plot), report.picture(found))
+    if options.html:
+        from lora_edu.delta import page
+
+        if any(each.spectrum for each in found.figures.values()):
+            write_page("delta", options.html, page.of_comparison(found))
+        else:
+            print(f"lora-edu delta: {options.html} not written: no matrix has a spectrum", file=sys.stderr)
     print(
         made if options.json == "-" else report.text(found, report.terminal_width(sys.stdout)),
         end="",
@@ -96,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plot", metavar="FILE", help="draw size and rank of ΔW by kind of matrix, as PNG")
     parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write one page with every spectrum and a slider over the rank; it needs no network",
+    )
+    parser.add_argument(
         "--before-exact",
         action="store_true",
         help="tuning started from BEFORE just as it is stored: count AFTER's rounding alone",
@@ -104,7 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_output(name: str | None, options: argparse.Namespace) -> None:
+def write_page(command: str, name: str, made: bytes) -> None:
+    """Write a page and say on the standard error how large it is."""
+    write_atomically(expanded(name), made)
+    print(f"lora-edu {command}: {name} has {format_bytes(len(made))}", file=sys.stderr)
+
+
+def check_output(name: str | None, inputs: Iterable[str | None]) -> None:
     """Before an hour of work: the folder is there, and the file is none of those that are read."""
     if name is None or name == "-":
         return
@@ -113,7 +133,7 @@ def _check_output(name: str | None, options: argparse.Namespace) -> None:
         raise CheckpointError(
             f"{name} can't be written: {'it is a folder' if path.is_dir() else 'no such folder'}"
         )
-    for read in map(expanded, filter(None, (options.before, options.after))):
+    for read in map(expanded, filter(None, inputs)):
         if path.exists() and any(other.exists() and path.samefile(other) for other in (read, *_files(read))):
             raise CheckpointError(f"{name} is read, so it is not written over: give another name")
 

@@ -265,7 +265,7 @@ def _with_adapter(
     used = set()
     for layer in progress(list(adapter.layers)):
         factors = adapter.layers[layer]
-        target, why = _target(layer, adapter, tensors) if base else (None, "no base")
+        target, why = target_of(layer, adapter, tensors) if base else (None, "no base")
         name = target if target and why != "tied" else f"{layer}.weight"
         stored = tensors.get(target) if target else None
         if stored is not None:
@@ -283,7 +283,7 @@ def _with_adapter(
             f"{title}: LoRA on {kernels} convolutions (Conv2d and the like), measured as matrices out × (in · kernel)"
         )
     for name, tensor in adapter.whole.items():
-        if told := _beside(name, tensor, tensors):
+        if told := beside(name, tensor, tensors):
             found.not_measured[printable(name)] = told
     for name, (ids, rows) in adapter.rows.items():
         found.not_measured[printable(name)] = (
@@ -302,7 +302,8 @@ def _with_adapter(
     return found
 
 
-def _target(layer: str, adapter: Adapter, tensors: dict[str, Stored]) -> tuple[str | None, str]:
+def target_of(layer: str, adapter: Adapter, tensors: dict[str, Stored]) -> tuple[str | None, str]:
+    """(the base's weight that an adapter's layer is for, or why there is none); see `layer_weight`."""
     factors = adapter.layers[layer]
     if factors.experts > 1 or adapter.config.get("target_parameters"):
         module = re.sub(r"(\.base_layer)+$", "", layer)
@@ -335,7 +336,7 @@ def _no_norm(stored: Stored, sides: tuple[int, int], experts: int) -> str:
     return "" if sorted(shape) == sorted(sides) else "other shape"
 
 
-def _beside(name: str, tensor: torch.Tensor, tensors: dict[str, Stored]) -> str:
+def beside(name: str, tensor: torch.Tensor, tensors: dict[str, Stored]) -> str:
     """What a tensor stored whole beside LoRA is, and how far from the base's; nothing where it is the base's own."""
     names = {canonical(each): each for each in tensors}
     place = names.get(name) or tied_table(name, tuple(tensor.shape), tensors)

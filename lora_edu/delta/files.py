@@ -157,7 +157,7 @@ def _open_index(path: Path) -> Checkpoint:
         if not isinstance(shard, str):
             raise CheckpointError(f"{name} must name files; it has {printable(shard)}")
         if shard not in shards:
-            shards[shard] = read_header(_inside(path.parent, shard, name))
+            shards[shard] = read_header(inside(path.parent, shard, name))
     tensors = {}
     for shard, held in shards.items():
         for tensor in held.keys() & tensors.keys():
@@ -181,7 +181,7 @@ def _bytes_of_json(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _inside(folder: Path, shard: str, index: str) -> Path:
+def inside(folder: Path, shard: str, index: str) -> Path:
     """The shard's path, unless it leaves the folder (or, in Hugging Face's cache, the model's blobs)."""
     refusal = CheckpointError(f"{index} names {printable(shard)}, which leaves the folder: it is refused")
     if not shard or any(mark in shard for mark in ("\\", ":", "\0")) or Path(shard).is_absolute():

@@ -22,6 +22,10 @@ ALONE = 4 / 3  # one rounding can be that much more than its average: what is ro
 CHANGE = 0.1  # a figure is marked where rounding may have changed it by more than this share
 ENTROPY_ERROR = 0.01  # what a sketch may leave uncertain of the effective rank
 RESOLUTION = 4 * torch.finfo(torch.float32).eps  # singular values below that share of σ₁ are our own rounding
+LARGE = 512  # smaller sides below that take no time worth saving
+SHAKY = (
+    64 * torch.finfo(torch.float32).eps
+)  # float32's error in σ² over σ₁², four times what was ever measured
 SHARES = (0.5, 0.9, 0.99)
 MARKABLE = ("relative_norm", "stable_rank", "effective_rank", "rank_50", "rank_90", "rank_99")
 
@@ -37,6 +41,7 @@ class Figures(NamedTuple):
     missing: why there is no ‖W‖, in a word. experts: how many matrices the figures are medians of.
     marked: the figures that rounding may have changed by more than a tenth.
     method: "full", "head" (a sketch that holds all but a negligible rest) or "factors" (of an adapter).
+    spectrum: (k, σ_k, share of ‖ΔW‖² in the first k) at the ranks k of `rank_grid`; of experts, the widest one's.
     """
 
     status: str
@@ -60,6 +65,7 @@ class Figures(NamedTuple):
     note: str = ""
     missing: str = ""
     experts: int | None = None
+    spectrum: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def relative_norm(self) -> float | None:
@@ -89,6 +95,24 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
     before_is_exact: tuning started from `before` as it is stored, so that only `after` was rounded.
     room: bytes of memory that may be used, besides the fixed cost of a block of rows.
     """
+    known, scale = norms(before, after, before_is_exact)
+    if known.edge is None or len(before.shape) < 2:
+        return known
+    found = _spectrum(lambda: difference(before, after, scale), before.sides, known.edge * scale, room)
+    return _with_ranks(known, found, known.edge * scale)._replace(
+        marked=known.marked + _marked(found.values, known.edge * scale),
+        spectrum=_thinned(found.values, scale),
+    )
+
+
+def norms(
+    before: Stored, after: Stored, before_is_exact: bool = False, tight: bool = True
+) -> tuple[Figures, float]:
+    """(the figures of two stored tensors that need no spectrum, a power of two that brings ΔW's entries to size 1).
+
+    edge: None where ΔW is zero or not finite, so that there is no spectrum. Unless `tight`, it is only a bound from
+    above, which spares another pass over both files.
+    """
     grids = [precise_format(each) for each in (before, after)]
     formats = tuple(_called(each, grid) for each, grid in zip((before, after), grids, strict=True))
     dtypes = [FORMATS[grid] for grid in grids]
@@ -98,26 +122,21 @@ def measure(before: Stored, after: Stored, before_is_exact: bool, room: int) -> 
         where = [
             f"{count} in {name}" for name, count in zip(("BEFORE", "AFTER"), scan.bad, strict=True) if count
         ]
-        return known._replace(status="not finite", note=f"NaN or infinite: {', '.join(where) or 'its norm'}")
+        note = f"NaN or infinite: {', '.join(where) or 'its norm'}"
+        return known._replace(status="not finite", note=note), 1.0
     known = known._replace(
         weight_norm=scan.weight, delta_norm=scan.delta, unchanged=1 - scan.changed / max(before.size, 1)
     )
     if not scan.changed:
-        return known._replace(status="equal", floor=None)
+        return known._replace(status="equal", floor=None), 1.0
     noise = _noise(scan, before_is_exact)
-    floor, edge = noise.floor, ALLOWANCE * _largest_singular_value(noise, before, after, dtypes)
+    floor, edge = noise.floor, ALLOWANCE * _largest_singular_value(noise, before, after, dtypes, tight)
     known = known._replace(floor=floor, edge=edge, roundings=noise.roundings)
     by_chance = max((ALLOWANCE * floor) ** 2, floor**2 + BY_CHANCE * noise.spread)
     marked = ("relative_norm",) if by_chance > (1 - (1 - CHANGE) ** 2) * scan.delta**2 else ()
     if scan.delta**2 <= by_chance:
         known = known._replace(status="floor")
-    if len(before.shape) < 2:
-        return known._replace(marked=marked)
-    scale = 2.0 ** min(-math.frexp(scan.largest)[1], 1000)
-    found = _spectrum(lambda: _difference(before, after, scale), before.sides, edge * scale, room)
-    return _with_ranks(known, found, edge * scale)._replace(
-        marked=marked + _marked(found.values, edge * scale)
-    )
+    return known._replace(marked=marked), 2.0 ** min(-math.frexp(scan.largest)[1], 1000)
 
 
 def precise_format(stored: Stored) -> str:
@@ -204,7 +223,7 @@ def _squared(block: Tensor) -> float:
     return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
 
 
-def _difference(before: Stored, after: Stored, scale: float) -> Tensor:
+def difference(before: Stored, after: Stored, scale: float) -> Tensor:
     """scale · ΔW in float32. The scale brings its entries to size 1, so that no square is too large or small."""
     dtype = _common(before, after)
     delta = torch.empty(before.sides, dtype=torch.float32)
@@ -260,7 +279,9 @@ def _noise(scan: _Scan, before_is_exact: bool) -> _Noise:
     return _Noise(whose, floor, scale * math.sqrt(fourths / 180), rows, columns, scale, error)
 
 
-def _largest_singular_value(noise: _Noise, before: Stored, after: Stored, dtypes: list[torch.dtype]) -> float:
+def _largest_singular_value(
+    noise: _Noise, before: Stored, after: Stored, dtypes: list[torch.dtype], tight: bool = True
+) -> float:
     """The largest singular value that the noise can have, were none of its roundings but a few worse than average.
 
     Of independent noise whose size differs from entry to entry it is at most about that of the noisiest row plus
@@ -271,12 +292,14 @@ def _largest_singular_value(noise: _Noise, before: Stored, after: Stored, dtypes
     √((h² + R)(h² + C)) / h (Benaych-Georges & Nadakuditi 2012, section 3.1, there for R and C of equal entries).
     Two large entries of one row or column, both off by as much as can be, are such an h = √(h₁² + h₂²).
     """
-    edge = math.sqrt(float(noise.rows.max())) + math.sqrt(float(noise.columns.max()))
+    R, C = float(noise.rows.max()), float(noise.columns.max())
+    edge = math.sqrt(R) + math.sqrt(C)
     # h² can be twice the square of the largest error: below √(RC) of the noisiest lines no pair stands out
-    if 2 * noise.largest_error**2 <= math.sqrt(float(noise.rows.max())) * math.sqrt(
-        float(noise.columns.max())
-    ):
+    squared = 2 * noise.largest_error**2
+    if squared <= math.sqrt(R) * math.sqrt(C):
         return edge
+    if not tight:  # h² + R + C + RC/h² grows with all three from there on
+        return math.sqrt((squared + R) * (squared + C) / squared)
     loudest = _Loudest(noise.columns.numel())
     for which, pair in blocks(before, after):
         steps = [
@@ -341,6 +364,22 @@ def _with_ranks(known: Figures, found: Spectrum, edge: float) -> Figures:
     return known._replace(**_ranks(found.values), above=_above(found.values, edge), method=found.method)
 
 
+def rank_grid(most: int) -> list[int]:
+    """The ranks at which a spectrum is kept: each up to 32, then eight in an octave, and the last."""
+    ranks = list(range(1, min(most, 32) + 1))
+    step = 4
+    while ranks[-1] < most:
+        ranks.append(min(ranks[-1] + step, most))
+        step *= 2 if ranks[-1] == 16 * step else 1
+    return ranks
+
+
+def _thinned(values: Tensor, scale: float = 1.0) -> tuple[tuple[int, float, float], ...]:
+    """A spectrum at the ranks of the grid, the singular values divided by `scale`."""
+    shares = lowrank.energy(values)
+    return tuple((k, float(values[k - 1]) / scale, float(shares[k - 1])) for k in rank_grid(len(values)))
+
+
 def _marked(values: Tensor, edge: float) -> tuple[str, ...]:
     """The figures that change by more than a tenth (a rank: and by more than 1) without what is below the edge."""
     count = _above(values, edge)
@@ -361,64 +400,88 @@ def _marked(values: Tensor, edge: float) -> tuple[str, ...]:
 def _spectrum(build: Callable[[], Tensor], sides: tuple[int, int], edge: float, room: int) -> Spectrum:
     """Singular values of the float32 matrix that `build` makes: the head alone where the rest is negligible.
 
-    Else the whole: from the float64 Gram matrix of the smaller side (half the time of an SVD, and exact to
-    10⁻⁸ σ₁), or, where its two copies would not fit into `room`, by a float32 SVD without vectors.
+    Else the whole: from the Gram matrix of the smaller side (a third to a half of the time of an SVD), summed in
+    float64 (then exact to 10⁻⁸ σ₁) unless the spectrum is so flat that float32 does, or, where its two copies would
+    not fit into `room`, by a float32 SVD without vectors.
     """
     delta = build()
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
-    head = _head(tall, edge)
+    head, flat = _head(tall, edge)
     if head is not None:
         return Spectrum(head, "head")
     smaller = min(sides)
     if 16 * smaller**2 > room or 4 * math.prod(sides) + 8 * smaller**2 > room:
         return Spectrum(torch.linalg.svdvals(delta).double(), "full")
-    gram = _gram(tall)
+    if flat and smaller >= LARGE:
+        squares = torch.linalg.eigvalsh(_gram(tall, torch.float32)).double().clamp_(min=0)
+        if _sharp(squares):
+            return Spectrum(squares.sqrt_().flip(0), "full")
+    gram = _gram(tall, torch.float64)
     del delta, tall  # the eigenvalue routine needs a copy of the Gram matrix
     return Spectrum(torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt_().flip(0), "full")
 
 
-def _gram(tall: Tensor) -> Tensor:
-    """Lower triangle of AᵀA in float64 (what `eigvalsh` reads), summed over a few rows of A at a time."""
+def _gram(tall: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lower triangle of AᵀA (what `eigvalsh` reads), summed over a few rows of A at a time."""
     rows, columns = tall.shape
-    gram = torch.zeros(columns, columns, dtype=torch.float64)
+    gram = torch.zeros(columns, columns, dtype=dtype)
     step, wide = max(64, BLOCK // columns), max(64, -(-columns // 8))
+    if (
+        dtype == torch.float32
+    ):  # nothing to convert, so larger pieces cost nothing; each sum is rounded less often
+        step = max(1024, step)
     for first in range(0, rows, step):
-        block = tall[first : first + step].double()
+        block = tall[first : first + step].to(dtype)
         for left in range(0, columns, wide):
             right = left + wide
             gram[left:right, :right].addmm_(block[:, left:right].T, block[:, :right])
     return gram
 
 
-def _head(tall: Tensor, edge: float, most: int = 272, probes: int = 8) -> Tensor | None:
-    """The leading singular values from one random sketch (Halko, Martinsson & Tropp 2011), or None.
+def _sharp(squares: Tensor) -> bool:
+    """Whether float32's error in σ², SHAKY · σ₁², changes the singular values together by less than 10⁻³ of their sum.
 
-    The sketch is an eighth of the smaller side wide, so that trying costs little. Fresh random vectors tell the
-    norm τ of what it misses. Only if no figure depends on that is it taken: by Mirsky's theorem all singular
-    values together are off by at most √n τ, which bounds the effective rank (Fannes & Audenaert).
+    By Weyl's theorem no σ² is off by more; σ then by δ/2σ, or √δ where it is smaller than that.
+    """
+    shift = SHAKY * float(squares[-1])
+    values = squares.sqrt()
+    return float((shift / 2 / values.clamp(min=math.sqrt(shift) / 2)).sum()) <= 1e-3 * float(values.sum())
+
+
+def _head(tall: Tensor, edge: float, most: int = 272, probes: int = 8) -> tuple[Tensor | None, bool]:
+    """(the leading singular values from one random sketch, or None; whether so many directions are alike that there
+    is no head).
+
+    The sketch (Halko, Martinsson & Tropp 2011) is an eighth of the smaller side wide, so that trying costs little. It
+    isn't tried where the moments say that it must fail: with nearly all energy in w directions, (Σσ²)² is at most
+    w Σσ⁴ (Cauchy–Schwarz), and Σσ⁴ = E‖AᵀA g‖² for random g. Fresh random vectors tell the norm τ of what it misses.
+    Only if no figure depends on that is it taken: by Mirsky's theorem all singular values together are off by at
+    most √n τ, which bounds the effective rank (Fannes & Audenaert).
     """
     columns = tall.shape[1]
     width = min(most, columns // 8)
     if width < 4:
-        return None
+        return None, False
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(columns, width, generator=generator)
     total = math.sqrt(sum(_squared(part) for part in tall.split(max(1, BLOCK // columns))))
-    Q = torch.linalg.qr(tall @ directions).Q
     images = tall @ torch.randn(columns, probes, generator=generator)
+    if total**4 > 2 * width * _squared(tall.T @ images) / probes:
+        return None, True
+    Q = torch.linalg.qr(tall @ directions).Q
     images -= Q @ (Q.T @ images)
     # √2: a mean over 8 vectors is hardly ever half of what it estimates
     missing = math.sqrt(2 * _squared(images) / probes)
     if missing > 1e-3 * total:
-        return None
+        return None, False
     values = torch.linalg.svdvals(Q.T @ tall).double()
     share = math.sqrt(columns) * missing / float(values.sum())
     if share <= 0:
-        return values
+        return values, False
     uncertain = share * math.log(columns) - share * math.log(min(share, 1 / math.e))
     # where half of the sketch stands above the edge, there may be more of such past it
     hides = float(values[width // 2]) > 0.8 * max(edge, RESOLUTION * float(values[0]))
-    return None if hides or uncertain > math.log1p(ENTROPY_ERROR) else values
+    return (None if hides or uncertain > math.log1p(ENTROPY_ERROR) else values), False
 
 
 # --- adapters -----------------------------------------------------------------------------------------------
@@ -460,7 +523,7 @@ def _of_product(left: Tensor, right: Tensor, scaling: float, shape: tuple[int, .
     norm = float(torch.linalg.vector_norm(values))
     if not norm:
         return known._replace(status="equal", delta_norm=0.0)
-    return known._replace(delta_norm=norm, **_ranks(values))
+    return known._replace(delta_norm=norm, spectrum=_thinned(values), **_ranks(values))
 
 
 def together_as_one(parts: list[Figures], shape: tuple[int, ...]) -> Figures:
@@ -484,6 +547,7 @@ def together_as_one(parts: list[Figures], shape: tuple[int, ...]) -> Figures:
     told = f"{len(parts)} experts, medians"
     if worst is not None:
         told += f"; the widest, expert {parts.index(worst)}, takes rank {worst.rank_90} for 90 %"
+        whole = whole._replace(spectrum=worst.spectrum)
     unlike = {state: status.count(state) for state in dict.fromkeys(status) if state != "measured"}
     told += "".join(f"; {count} {state}" for state, count in unlike.items())
     common = status[0] if len(set(status)) == 1 else "not finite" if "not finite" in status else "measured"

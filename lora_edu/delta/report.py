@@ -5,7 +5,7 @@ import os
 import statistics
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lora_edu import plots
 from lora_edu.delta.compare import Comparison, by_kind, kind, together
@@ -68,10 +68,11 @@ def text(found: Comparison, width: int | None) -> str:
     if matrices:
         norms = any(each.weight_norm is None and each.delta_norm is not None for each in matrices.values())
         rows = {name.removesuffix(".weight"): _cells(each, norms) for name, each in matrices.items()}
-        lines += _table("matrix", rows, width, norms)
+        columns = (COLUMNS[0], NORM, *COLUMNS[1:]) if norms else COLUMNS
+        lines += table("matrix", rows, width, columns)
         lines += ["", "By kind (medians; the norm and the floor: of all taken together)", ""]
         kinds = {f"{name} ({len(of)})": of for name, of in by_kind(found.figures).items()}
-        lines += _table("kind", {name: _kind_cells(of, norms) for name, of in kinds.items()}, width, norms)
+        lines += table("kind", {name: _kind_cells(of, norms) for name, of in kinds.items()}, width, columns)
         lines += [""]
         lines += [textwrap.fill(words, min(width or 100, 100)) for words in _words(matrices)]
     lines += _vectors(vectors)
@@ -79,9 +80,13 @@ def text(found: Comparison, width: int | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(title: str, rows: dict[str, list[str]], width: int | None, norms: bool) -> Iterator[str]:
-    """A line for each row: the name, then the cells under COLUMNS' headings (and NORM's, where asked for)."""
-    columns = (COLUMNS[0], NORM, *COLUMNS[1:]) if norms else COLUMNS
+def table(
+    title: str, rows: dict[str, list[str]], width: int | None, columns: Sequence[tuple[str, int]]
+) -> Iterator[str]:
+    """A line for each row: the name, then the cells under the columns' headings; what is over stands behind them.
+
+    columns: (heading, letters wide). width: of the terminal, into which names are shortened to fit; None: never.
+    """
     rest = sum(wide for _, wide in columns) + 9
     longest = max(len(title), *(len(printable(name)) for name in rows))
     room = longest if width is None else max(LEAST_NAME, min(longest, width - rest))
@@ -96,11 +101,11 @@ def _shortened(name: str, room: int) -> str:
     return name if len(name) <= room else "…" + name[len(name) - room + 1 :]
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
 
 
-def _number(value: float | None, mark: bool = False) -> str:
+def number(value: float | None, mark: bool = False) -> str:
     """Three digits, with a star or a space behind it, so that digits stand under digits."""
     if value is None:
         return "- "
@@ -109,15 +114,15 @@ def _number(value: float | None, mark: bool = False) -> str:
 
 
 def _cells(figures: Figures, norms: bool) -> list[str]:
-    marked = {name: _number(getattr(figures, name), name in figures.marked) for name in MARKABLE}
+    marked = {name: number(getattr(figures, name), name in figures.marked) for name in MARKABLE}
     norm = marked.pop("relative_norm")
     return [
-        _shape(figures.shape),
-        *([_number(figures.delta_norm)] if norms else []),
+        shape_text(figures.shape),
+        *([number(figures.delta_norm)] if norms else []),
         figures.missing + " " if figures.missing else norm,
-        _number(figures.relative_floor),
+        number(figures.relative_floor),
         *marked.values(),
-        _number(figures.above),
+        number(figures.above),
         STATES.get(figures.status, ""),
     ]
 
@@ -125,21 +130,21 @@ def _cells(figures: Figures, norms: bool) -> list[str]:
 def _kind_cells(figures: list[Figures], norms: bool) -> list[str]:
     """A median is marked where half of its values are."""
     norm, floor = together(figures)
-    shapes = {_shape(each.shape) for each in figures}
+    shapes = {shape_text(each.shape) for each in figures}
     half = len(figures) / 2
     cells = [shapes.pop() if len(shapes) == 1 else "various"]
     if norms:
-        cells.append(_number(math.sqrt(sum((each.delta_norm or 0.0) ** 2 for each in figures))))
+        cells.append(number(math.sqrt(sum((each.delta_norm or 0.0) ** 2 for each in figures))))
     reasons = {each.missing for each in figures if each.missing}
     if reasons:
         cells.append(f"{reasons.pop() if len(reasons) == 1 else 'various'} ")
     else:
-        cells.append(_number(norm, sum("relative_norm" in each.marked for each in figures) >= half))
-    cells.append(_number(floor if any(each.floor is not None for each in figures) else None))
+        cells.append(number(norm, sum("relative_norm" in each.marked for each in figures) >= half))
+    cells.append(number(floor if any(each.floor is not None for each in figures) else None))
     for name in (*MARKABLE[1:], "above"):
         value = _median(figures, name)
         value = round(value) if value is not None and name.startswith(("rank_", "above")) else value
-        cells.append(_number(value, sum(name in each.marked for each in figures) >= half))
+        cells.append(number(value, sum(name in each.marked for each in figures) >= half))
     cells.append(_states(figures))
     return cells
 
@@ -197,7 +202,7 @@ def _vectors(vectors: dict[str, Figures]) -> Iterator[str]:
         yield from ("", "Vectors (biases, norms): ‖ΔW‖/‖W‖, all of a kind taken together; rounding floor", "")
     for name, of in kinds.items():
         norm, floor = together(of)
-        yield f"{printable(name)} ({len(of)})  {_number(norm)} {_number(floor)} {_states(of)}".rstrip()
+        yield f"{printable(name)} ({len(of)})  {number(norm)} {number(floor)} {_states(of)}".rstrip()
 
 
 def _listed(found: Comparison) -> Iterator[str]:
@@ -225,7 +230,10 @@ def record(found: Comparison) -> dict:
 
     def one(name: str, each: Figures) -> dict:
         fields = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in each._asdict().items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in each._asdict().items()
+            if key
+            != "spectrum"  # for the page: as JSON, a line a number, it would be longer than all the rest
         }
         more = {"relative_norm": each.relative_norm, "relative_floor": each.relative_floor}
         return {"name": name, "kind": kind(name)} | fields | more

@@ -41,7 +41,8 @@ WRAPPERS = {
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "monteclora_config", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "velora_config",
 }
 READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout",
@@ -53,6 +54,9 @@ NOT_PRODUCT = {  # settings with which the update is not s · BA on the stored b
     "use_dora": "DoRA, which rescales the merged weight's rows",
     "use_qalora": "QALoRA, which pools the input",
     "alora_invocation_tokens": "activated LoRA, which acts from a token on",
+    "kasa_config": "KaSA, which has a diagonal between B and A and cuts the base's weight",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
+    "arrow_config": "Arrow, which chooses among several adapters",
 }
 NOT_LOADED = {
     "lora_bias": "a bias in lora_B",
@@ -60,6 +64,8 @@ NOT_LOADED = {
     "megatron_config": "Megatron's parallel layers",
     "target_parameters": "LoRA on parameters outside of a linear layer or embedding",
 }
+# tensors that only training needs: of MonteCLoRA's draws, of VeLoRA's gradients
+ONLY_TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 OTHER_METHODS = {  # parts of names that another method than LoRA leaves
     "hada_": "LoHa",
@@ -372,12 +378,16 @@ def _sort_peft(names: list[str]) -> _Keys:
             bare.append(key)
         name = name.removeprefix(PREFIX)
         match = _LINEAR.fullmatch(name) or _TABLE.fullmatch(name)
+        if any(part in name for part in ONLY_TRAINING):
+            continue
         if match:
             adapters.add(match[3])
             part = "bias" if match.re is _LINEAR and match[4] == "bias" else match[2]
             _add(found.pairs.setdefault(match[1], {}), part, key, match[1])
         elif "lora_magnitude_vector" in name:
             found.refused[name.partition(".lora_magnitude_vector")[0]] = NOT_PRODUCT["use_dora"]
+        elif name.endswith(".lora_diag") or ".lora_diag." in name:
+            found.refused[name.partition(".lora_diag")[0]] = NOT_PRODUCT["kasa_config"]
         elif "trainable_tokens_delta" in name:
             table = re.split(r"\.token_adapter|\.trainable_tokens_delta", name)[0]
             found.rows[f"{table}.weight"] = key
@@ -472,14 +482,24 @@ def _assemble(weights: Path, config: dict | None, keys: _Keys, read: dict[str, T
     alphas = _patterns(config.get("alpha_pattern") or {})
     deadline = time.monotonic() + MATCHING_SECONDS
     layers, guessed = {}, 0
+    stacks = _stacks(keys, read, config, deadline)
     for name, pair in keys.pairs.items():
         if everywhere or name in refused:
             refused.setdefault(name, everywhere)
             continue
         if not {"A", "B"} <= set(pair):
             raise AdapterError(f"{printable(name)} has lora_{next(iter(pair))} alone: the file is incomplete")
-        factors = _factors(name, pair, read, keys.layout, config)
-        alpha, known = _alpha(name, pair, read, factors, config, alphas, deadline)
+        experts, parameters = stacks.get(name, (1, [name]))
+        factors = _factors(name, pair, read, keys.layout, config, experts)
+        places = parameters if experts > 1 else [name]
+        told = {_alpha(place, pair, read, factors, config, alphas, deadline) for place in places}
+        if len(told) > 1:
+            refused[name] = (
+                "its keys don't say which of target_parameters it is for, and alpha_pattern gives "
+                f"{printable(', '.join(places))} different alphas"
+            )
+            continue
+        alpha, known = told.pop()
         guessed += not known
         layers[name] = factors._replace(alpha=alpha)
     if guessed:
@@ -520,7 +540,60 @@ def _assemble(weights: Path, config: dict | None, keys: _Keys, read: dict[str, T
     )
 
 
-def _factors(name: str, pair: dict[str, str], read: dict[str, Tensor], layout: str, config: dict) -> Factors:
+def _stacks(
+    keys: _Keys, read: dict[str, Tensor], config: dict, deadline: float
+) -> dict[str, tuple[int, list[str]]]:
+    """Of each layer of target_parameters: (how many experts its tensors stack, the parameters that it may be for).
+
+    Its keys name the module alone, with a .base_layer for each further parameter of it, and its tensors have E · r
+    rows. All stacks of a module have one E; which r goes with a parameter says rank_pattern.
+    """
+    targets = [each for each in config.get("target_parameters") or [] if isinstance(each, str)]
+    if not targets or keys.layout != "PEFT":
+        return {}
+    ranks = _patterns(config.get("rank_pattern") or {})
+    modules: dict[str, dict[str, dict[int, list[str]]]] = {}
+    for name, pair in keys.pairs.items():
+        module = re.sub(r"(\.base_layer)+$", "", name)
+        if not {"A", "B"} <= set(pair) or "lora_embedding_" in pair["A"]:
+            continue
+        named = [f"{module}.{target.rpartition('.')[2]}" for target in targets]
+        named = [each for each, target in zip(named, targets, strict=True) if _ends(each, target)]
+        rows = read[pair["A"]].shape[0] if read[pair["A"]].dim() == 2 else 0
+        found: dict[int, list[str]] = {}
+        for parameter in named:
+            rank = _first_match(ranks, parameter, config["r"], deadline, "rank_pattern")
+            if isinstance(rank, int) and rank > 0 and rows % rank == 0:
+                found.setdefault(rows // rank, []).append(parameter)
+        if found:
+            modules.setdefault(module, {})[name] = found
+    stacks = {}
+    for found in modules.values():
+        common = set.intersection(*(set(each) for each in found.values()))
+        if common:
+            stacks |= {name: (max(common), each[max(common)]) for name, each in found.items()}
+    return stacks
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _first_match(
+    patterns: list[tuple[re.Pattern, float]], name: str, otherwise: float, deadline: float, what: str
+) -> float:
+    """The value of the first pattern that matches the end of a name, as in PEFT."""
+    for pattern, value in patterns:
+        if time.monotonic() > deadline:
+            raise AdapterError(f"{what} is too involved to be matched safely; name the layers")
+        if pattern.match(name):
+            return value
+    return otherwise
+
+
+def _factors(
+    name: str, pair: dict[str, str], read: dict[str, Tensor], layout: str, config: dict, experts: int
+) -> Factors:
     """The two tensors in our shapes, alpha still open."""
     embedding, other = ("lora_embedding_" in pair[each] for each in "AB")
     if embedding != other:
@@ -536,9 +609,6 @@ def _factors(name: str, pair: dict[str, str], read: dict[str, Tensor], layout: s
             f"{printable(name)}: lora_A must be (r, in) and lora_B (out, r); got {tuple(read[pair['A']].shape)} "
             f"and {tuple(read[pair['B']].shape)}"
         )
-    rank, experts = config.get("r"), 1
-    if config.get("target_parameters") and not embedding and rank and len(A) != rank and len(A) % rank == 0:
-        experts = len(A) // rank
     bias = read[pair["bias"]] if "bias" in pair else None
     A = A.T.contiguous() if embedding else A
     stabilised, dropout = config.get("use_rslora", False), config.get("lora_dropout", 0.0)
@@ -565,12 +635,7 @@ def _alpha(
     if "lora_alpha" not in config:
         neutral = math.sqrt(factors.rank) if factors.rank_stabilised else factors.rank
         return float(neutral), False
-    for pattern, value in patterns:  # as PEFT: the first pattern that matches the end of the name wins
-        if time.monotonic() > deadline:
-            raise AdapterError("alpha_pattern is too involved to be matched safely; name the layers")
-        if pattern.match(name):
-            return value, True
-    return config["lora_alpha"], True
+    return _first_match(patterns, name, config["lora_alpha"], deadline, "alpha_pattern"), True
 
 
 def _patterns(patterns: dict) -> list[tuple[re.Pattern, float]]:

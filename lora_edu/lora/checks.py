@@ -15,6 +15,12 @@ def is_conv1d(layer: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") and hasattr(layer, "nf")
 
 
+def _is_falcons(layer: nn.Module) -> bool:
+    """Is this transformers' FalconLinear, x Wᵀ + b in two steps? The one subclass that computes what nn.Linear does."""
+    kind = type(layer)
+    return kind.__name__ == "FalconLinear" and kind.__module__.startswith("transformers.")
+
+
 def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embedding)) -> None:
     """Raise TypeError, with the reason, unless LoRA can be added to this layer."""
     kind = type(layer).__name__
@@ -48,7 +54,7 @@ def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embe
             f"the forward of this {kind} was replaced on the layer itself, which LoRA would undo; add LoRA first and "
             "let the other library wrap the model after that"
         )
-    if not conv1d and type(layer).forward is not family.forward:
+    if not conv1d and type(layer).forward is not family.forward and not _is_falcons(layer):
         raise TypeError(
             f"{kind} changes what nn.{family.__name__} computes, which LoRA would undo; adapt another layer"
         )

@@ -110,7 +110,7 @@ def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> 
                 setattr(parent, name, built[id(child)])
     model._trainable_before_lora = sorted({*trainable, *getattr(model, "_trainable_before_lora", ())})
     if hasattr(type(model), "resize_token_embeddings"):
-        ends = (model.get_input_embeddings(), _head(model))
+        ends = (_table(model), _head(model))
         if any(layer in ends for layer in lora_layers(model).values()):
             model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
     return model
@@ -313,6 +313,14 @@ def _refuse(model: nn.Module, name: str, layer: nn.Module, tied: str) -> None:
             "longer be the same table, nor could one table hold the merged weight. Leave it out of the "
             'targets, or say tied="separate" to adapt it alone'
         )
+
+
+def _table(model: nn.Module) -> nn.Module | None:
+    """The input embedding of a model of transformers; of one that has none of its own (CLIP, Wav2Vec2), None."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _head(model: nn.Module) -> nn.Module | None:

@@ -27,7 +27,7 @@ from .checks import is_conv1d
 from .inject import lora_layers, replace_layers, set_parameter, unwrap
 from .layers import LoRAEmbedding, LoRALinear
 
-__all__ = ["AdapterError", "Factors", "load_adapter", "read_adapter", "save_adapter"]
+__all__ = ["AdapterError", "Factors", "load_adapter", "read_adapter", "save_adapter", "write_adapter"]
 
 
 class Beside(NamedTuple):
@@ -69,14 +69,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str | No
         raise ValueError("PEFT's format has one use_rslora for all layers; some here have it and some don't")
     tensors = {}
     for name, layer in layers.items():
-        embedding = isinstance(layer, LoRAEmbedding)
-        pair = (layer.lora_A.T, layer.lora_B) if embedding else (layer.lora_A, layer.lora_B)
-        for factor, kind in zip(pair, _kinds(embedding), strict=True):
-            if factor.is_meta or not torch.isfinite(factor).all():
-                raise ValueError(
-                    f"{name}: {kind} has entries that are infinite, NaN or without data; not saved"
-                )
-            tensors[f"{PREFIX}{name}.{kind}"] = factor.detach().cpu().contiguous()
+        tensors |= _tensors(name, layer.lora_A, layer.lora_B, isinstance(layer, LoRAEmbedding))
     beside = vars(model).get("_beside_lora", Beside({}, {}, {}, {}, {}))
     tensors |= _tensors_beside(model, beside)
     factors = {id(each) for layer in layers.values() for each in (layer.lora_A, layer.lora_B)}
@@ -87,16 +80,84 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str | No
     ]
     if others:
         warnings.warn(f"not saved, as they are not LoRA: {', '.join(others[:6])}", stacklevel=2)
+    config = _config(layers, _target_modules(model, set(layers)), base_model_name)
+    config["fan_in_fan_out"] = any(getattr(each, "transposed", False) for each in layers.values())
+    return _put(folder, tensors, config | beside.settings)
 
+
+def write_adapter(
+    folder: str | Path,
+    layers: Mapping[str, Factors],
+    *,
+    base_model_name: str | None = None,
+    modules_to_save: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, object] | None = None,
+    common: str | None = None,
+) -> Path:
+    """Write an adapter that no model holds to `folder`, in PEFT's format; returns the folder.
+
+    layers: name of the layer in the base → its factors; all of them are named in target_modules in full. Ranks and
+    alphas that are not the most frequent ones go to rank_pattern and alpha_pattern, by full name.
+    modules_to_save: name of a parameter in the base → its trained value, kept whole; biases alone, of a layer with
+    LoRA or of any other, are what PEFT calls bias="all". tensors: what else the file shall hold, under the file's
+    own keys (token rows, as `Adapter.keys` names them). settings: entries of the configuration that replace those
+    made here; stacks of experts need target_parameters among them. common: the layer whose rank and alpha stand in
+    the configuration as r and lora_alpha (by default the most frequent ones do; a stack of experts goes first).
+    The files are put in place as `save_adapter` does it.
+
+    Raises ValueError if there is nothing to write, if an entry isn't finite, or if the layers can't be expressed in
+    the format (it has one `use_rslora` for all).
+    """
+    folder = expanded(folder)
+    if not layers and not modules_to_save and not tensors:
+        raise ValueError("there is no layer to write: every ΔW is zero")
+    if len({each.rank_stabilised for each in layers.values()}) > 1:
+        raise ValueError("PEFT's format has one use_rslora for all layers; some here have it and some don't")
+    held: dict[str, Tensor] = {}
+    for name, factors in layers.items():
+        held |= _tensors(name, factors.lora_A, factors.lora_B, factors.embedding)
+        if factors.bias is not None:
+            held[f"{PREFIX}{name}.lora_B.bias"] = factors.bias.detach().cpu().contiguous()
+    common = common or next((name for name, each in layers.items() if each.experts > 1), None)
+    parameters = (settings or {}).get("target_parameters") or []
+    by_parameter = {name.rpartition(".")[0] for name in parameters}
+    targets = sorted(name for name, each in layers.items() if each.experts == 1 and name not in by_parameter)
+    config = _config(layers, targets, base_model_name, common)
+    whole, biases = set(), False
+    kept = {name.rpartition(".")[0] for name in modules_to_save or {} if not name.endswith(".bias")}
+    for name, tensor in (modules_to_save or {}).items():
+        module, _, last = name.rpartition(".")
+        inside = module in layers
+        biases |= module not in kept
+        whole |= {module} & kept
+        key = f"{PREFIX}{module}.base_layer.{last}" if inside else f"{PREFIX}{name}"
+        held[key] = tensor.detach().cpu().contiguous()
+    config |= {"modules_to_save": sorted(whole) or None, "bias": "all" if biases else "none"}
+    held |= {key: tensor.detach().cpu().contiguous() for key, tensor in (tensors or {}).items()}
+    return _put(folder, held, config | dict(settings or {}))
+
+
+def _tensors(name: str, lora_A: Tensor, lora_B: Tensor, embedding: bool) -> dict[str, Tensor]:
+    """A layer's factors under the file's keys; of an embedding A is stored (r, V)."""
+    held = {}
+    for factor, kind in zip((lora_A.T if embedding else lora_A, lora_B), _kinds(embedding), strict=True):
+        if factor.is_meta or not torch.isfinite(factor).all():
+            raise ValueError(f"{name}: {kind} has entries that are infinite, NaN or without data; not saved")
+        held[f"{PREFIX}{name}.{kind}"] = factor.detach().cpu().contiguous()
+    return held
+
+
+def _put(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Path:
+    """Both files beside the old ones, then in their place; after a failure the old ones are back."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(4)
     new = {name: folder / f".{mark}.new.{name}" for name in (WEIGHTS, CONFIG)}
     old = {name: folder / f".{mark}.old.{name}" for name in (WEIGHTS, CONFIG)}
-    config = _config(model, layers, base_model_name) | beside.settings
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     try:
         new[CONFIG].write_text(text + "\n", encoding="utf-8")
-        save_file(tensors, new[WEIGHTS], metadata={"format": "pt"})
+        save_file(dict(tensors), new[WEIGHTS], metadata={"format": "pt"})
         for path in new.values():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -129,10 +190,17 @@ def _kinds(embedding: bool) -> tuple[str, str]:
     return ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
 
 
-def _config(model: nn.Module, layers: dict, base_model_name: str | None) -> dict:
+def _config(
+    layers: Mapping[str, LoRALinear | LoRAEmbedding | Factors],
+    target_modules: list[str] | str,
+    base_model_name: str | None,
+    common: str | None = None,
+) -> dict:
     number = lambda alpha: int(alpha) if alpha == int(alpha) else alpha
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    most_frequent = lambda values: Counter(values).most_common(1)[0][0] if layers else 1
+    usual = [layers[common]] if common else list(layers.values())
+    rank = most_frequent(layer.rank for layer in usual)
+    alpha = most_frequent(layer.alpha for layer in usual)
     key = lambda name: f"^{re.escape(name)}"  # PEFT matches the keys as patterns
     return {
         "peft_type": "LORA",
@@ -143,10 +211,10 @@ def _config(model: nn.Module, layers: dict, base_model_name: str | None) -> dict
         "alpha_pattern": {
             key(name): number(each.alpha) for name, each in layers.items() if each.alpha != alpha
         },
-        "lora_dropout": max(getattr(each, "dropout", 0.0) for each in layers.values()),
-        "use_rslora": next(iter(layers.values())).rank_stabilised,
-        "target_modules": _target_modules(model, set(layers)),
-        "fan_in_fan_out": any(getattr(each, "transposed", False) for each in layers.values()),
+        "lora_dropout": max((getattr(each, "dropout", 0.0) for each in layers.values()), default=0.0),
+        "use_rslora": any(each.rank_stabilised for each in layers.values()),
+        "target_modules": target_modules,
+        "fan_in_fan_out": False,
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,

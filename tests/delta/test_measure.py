@@ -98,6 +98,36 @@ def test_both_ways_to_a_spectrum_agree_with_a_dense_one(tmp_path, shape, rank):
     assert rank is None or found.above == rank
 
 
+@pytest.mark.parametrize(("rows", "columns", "power"), [(600, 560, 0.0), (520, 1300, 0.1), (560, 560, 1.0)])
+def test_a_large_flat_spectrum_is_that_of_float64(tmp_path, rows, columns, power, monkeypatch):
+    """In float32 where that is sharp enough, else not: either way the figures are those of a dense SVD."""
+    weight = random_matrix(rows, columns).float()
+    U, S, Vh = torch.linalg.svd(random_matrix(rows, columns, 1), full_matrices=False)
+    delta = ((U * S * torch.arange(1.0, len(S) + 1) ** -power) @ Vh).float()
+    asked = []
+    gram = measure._gram
+    monkeypatch.setattr(measure, "_gram", lambda tall, dtype: asked.append(dtype) or gram(tall, dtype))
+    after = weight + delta
+    found = figures(tmp_path, weight, after)
+    check_against_dense(found, after.double() - weight.double(), weight)
+    assert asked == ([torch.float32] if power < 1 else [torch.float64]), asked
+
+
+@fuzz(60)
+@given(data=st.data())
+def test_the_bound_on_the_edge_is_one(tmp_path, data):
+    """Whatever stands out, the edge that spares a pass is not below the one that takes it."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    rows, columns = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
+    before = torch.randn(rows, columns, generator=generator) ** data.draw(st.sampled_from([1, 3, 7]))
+    dtype = data.draw(st.sampled_from(FORMATS))
+    after = (before * (1 + torch.rand(rows, columns, generator=generator))).to(dtype)
+    pair = store(tmp_path, before.to(dtype), after)
+    exact = data.draw(st.booleans())
+    tight, loose = (measure.norms(*pair, exact, each)[0].edge for each in (True, False))
+    assert (tight is None) == (loose is None) and (tight is None or loose >= tight * (1 - 1e-12))
+
+
 def test_a_spectrum_that_falls_slowly_is_never_cut_to_its_head(tmp_path):
     """1/k and 0.97^k: most of the energy is in the head, but the effective rank is not."""
     U, V = (torch.linalg.qr(random_matrix(400, 400, seed)).Q for seed in (1, 2))

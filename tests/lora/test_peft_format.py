@@ -30,6 +30,7 @@ from lora_edu.lora import (
     read_adapter,
     remove_lora,
     save_adapter,
+    write_adapter,
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -687,3 +688,38 @@ def test_messages_are_plain_text(folder):
     assert "\x1b" not in str(caught.value) and re.search(
         r"\?\[31m\?danger=1 isn't supported", str(caught.value)
     )
+
+
+# Written without a model
+
+
+def test_factors_without_a_model_are_written_as_the_models_own(tmp_path):
+    """Ranks and alphas by layer, an embedding among them: what is loaded is what save_adapter would have written."""
+    model = tuned(targets=["embedding", "query"])
+    saved = read_adapter(save_adapter(model, tmp_path / "saved"))
+    torch.manual_seed(3)
+    name = "blocks.0.attention.query"
+    layers = saved.layers | {
+        name: saved.layers[name]._replace(lora_A=torch.randn(3, 8), lora_B=torch.randn(8, 3), alpha=5.5)
+    }
+    head = {"head.weight": torch.randn(30, 8)}
+    folder = write_adapter(tmp_path / "written", layers, base_model_name="some/base", modules_to_save=head)
+    loaded = load_adapter(tiny(), folder)
+    for name, factors in layers.items():
+        assert torch.equal(lora_layers(loaded)[name].delta_weight(), factors.delta_weight().to(torch.float32))
+    assert torch.equal(loaded.head.weight, head["head.weight"])
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "some/base" and config["modules_to_save"] == ["head"]
+    assert config["target_modules"] == sorted(layers) and config["r"] == 2
+    assert config["rank_pattern"] == {"^blocks\\.0\\.attention\\.query": 3}
+    assert config["alpha_pattern"] == {"^blocks\\.0\\.attention\\.query": 5.5}
+
+
+def test_nothing_or_something_infinite_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="no layer to write"):
+        write_adapter(tmp_path / "new", {})
+    factors = read_adapter(save_adapter(tuned(targets=["query"]), tmp_path / "a")).layers
+    name, first = next(iter(factors.items()))
+    with pytest.raises(ValueError, match=r"blocks\.0.*infinite, NaN"):
+        write_adapter(tmp_path / "new", {name: first._replace(lora_A=first.lora_A * float("nan"))})
+    assert not (tmp_path / "new").exists()
