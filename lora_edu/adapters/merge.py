@@ -176,12 +176,10 @@ class _Plan:
         parts: dict[str, dict[str, list[tuple[Factors, float]]]] = {}
         for adapter, weight in adapters:
             for layer, factors in adapter.layers.items():
-                target = self._target(layer, adapter)
-                parts.setdefault(target, {}).setdefault(canonical(f"{layer}."), []).append((factors, weight))
+                for target, module, part in self._targets(layer, factors, adapter):
+                    parts.setdefault(target, {}).setdefault(module, []).append((part, weight))
         for target, modules in parts.items():
-            together = {
-                module.rstrip("."): concatenated(module.rstrip("."), each) for module, each in modules.items()
-            }
+            together = {module: concatenated(module, each) for module, each in modules.items()}
             if self.options.rank is not None:
                 together = {module: cut(each, self.options.rank)[0] for module, each in together.items()}
             ties = weights.tied_modules(target, self.model.tensors, self.config)
@@ -196,6 +194,25 @@ class _Plan:
             else:
                 self._add(
                     target, *next(iter(together.values())).products(), like=next(iter(together.values()))
+                )
+
+    def _targets(self, layer: str, factors: Factors, adapter: Adapter) -> Iterator[tuple[str, str, Factors]]:
+        """(tensor of the base, name of the module, its factors): one, or those of each expert that has its own."""
+        own = canonical(f"{layer}.").rstrip(".")
+        names = []
+        if factors.experts > 1:
+            names = weights.one_by_one(own, factors.experts, factors.sides, self.model.tensors)
+        if not names:
+            yield self._target(layer, adapter), own, factors
+            return
+        for expert, (left, right) in zip(names, factors.products(), strict=True):
+            for name, rows in zip(expert, left.chunk(len(expert)), strict=True):
+                if self.model.tensors[name].format not in FORMATS:
+                    raise AdapterError(_quantised(name, self.model.tensors[name]))
+                yield (
+                    name,
+                    name.removesuffix(".weight"),
+                    factors._replace(lora_A=right, lora_B=rows, experts=1),
                 )
 
     def _target(self, layer: str, adapter: Adapter) -> str:

@@ -119,6 +119,28 @@ def stored_in_out(name: str, tensors: Mapping[str, Stored]) -> bool | None:
     return False if b == c and a == 2 * d else None
 
 
+def one_by_one(
+    layer: str, experts: int, sides: tuple[int, int], tensors: Mapping[str, Stored]
+) -> list[list[str]]:
+    """For a stack of experts that the base's files hold one by one: for each expert the weights that its rows are of.
+
+    gate_up_proj is gate_proj over up_proj, or w1 over w3; down_proj is w2. transformers 5 stacks what Mixtral's and
+    Qwen's files hold apart, and calls Mixtral's block_sparse_moe mlp. Empty where that is not so.
+    """
+    block = re.sub(r"(\.base_layer)+$", "", layer).removesuffix(".experts").rpartition(".")[0]
+    pattern = re.compile(rf"(?:.+\.)?{re.escape(block)}\.[^.]+\.experts\.(\d+)\.([^.]+)\.weight")
+    found: dict[tuple[int, str], str] = {}
+    for name in tensors:
+        if match := pattern.fullmatch(canonical(name)):
+            found[int(match[1]), match[2]] = name
+    for parts in (("gate_proj", "up_proj"), ("w1", "w3"), ("down_proj",), ("w2",)):
+        names = [[found.get((expert, part), "") for part in parts] for expert in range(experts)]
+        stored = [tensors.get(name) for each in names for name in each]
+        if all(each is not None and each.shape == (sides[0] // len(parts), sides[1]) for each in stored):
+            return names
+    return []
+
+
 def expert_blocks(names: Iterable[str]) -> set[str]:
     """Modules that hold experts stored one by one: model.layers.0.block_sparse_moe."""
     found = (re.match(r"(.+)\.experts\.\d+\.[^.]+\.weight$", name) for name in names)

@@ -120,6 +120,8 @@ def trained(families, family, folder, targets, **options):
         ("opt", ["k_proj"], {"lora_bias": True}),
         ("opt", ["fc1", "fc2"], {"rank_pattern": {"fc1": 4}, "alpha_pattern": {"fc2": 5}}),
         ("gpt_oss", ["q_proj"], {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+        ("mixtral", ["q_proj"], {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+        ("mixtral", ["q_proj"], {"target_parameters": ["mlp.experts.down_proj"]}),
         ("llama", ["q_proj"], {"trainable_token_indices": {"embed_tokens": [3, 7]}}),
     ],
 )
