@@ -1,6 +1,6 @@
 """For all tests and notebooks: a reader's folder that is thrown away, and the kernel that checks notebooks.
 
-That kernel has two threads (notebooks are built with one), no network, no writing into the clone, and
+That kernel has two threads (notebooks are built with one; a worker of xdist has one), no network, no writing into the clone, and
 nobody's IPython settings. Nothing here knows a single test; what belongs to one chapter stays with one worker.
 """
 
@@ -40,6 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, path))
         os.environ["LORA_EDU_TESTS"] = str(folder)
         os.environ["LORA_EDU_HOME"] = str(folder / "reader")
+        if config.getoption(
+            "numprocesses", None
+        ):  # workers with a thread for each core would wait for each other
+            os.environ.update({name: "1" for name in THREADS if name not in os.environ})
         import matplotlib.font_manager  # noqa: F401 - on a new machine this lists the fonts and says so: once, here
     config.option.nbval_kernel_name = KERNEL
 

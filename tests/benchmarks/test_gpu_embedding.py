@@ -27,6 +27,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton_version() < (3, 7), reason="needs Triton 3.7, which has wheels for Linux only")
 def test_a_rehearsal_runs_all_ways_and_compares_them():
     assert run("--rehearse").strip() == "rehearsed 13 rows; nothing measured"

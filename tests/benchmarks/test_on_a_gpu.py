@@ -18,6 +18,7 @@ import pytest
 from lora_edu.lora.functional import triton_version
 from lora_edu.paths import REPOSITORY, write_json
 
+pytestmark = pytest.mark.slow
 TOOL = REPOSITORY / "tools" / "on_a_gpu.py"
 needs_triton = pytest.mark.skipif(
     triton_version() < (3, 7), reason="needs Triton 3.7, which has wheels for Linux only"

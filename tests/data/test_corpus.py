@@ -20,6 +20,7 @@ def clean():
     return corpus.clean_splits()
 
 
+@pytest.mark.slow
 def test_no_held_out_text_shares_a_run_of_13_words_with_any_training_text(clean):
     training = [text for splits, _ in clean.values() for text in splits["train"]]
     for name, (splits, _) in clean.items():
@@ -27,6 +28,7 @@ def test_no_held_out_text_shares_a_run_of_13_words_with_any_training_text(clean)
             assert corpus.shared_runs(splits[split], training) == 0, f"{name}, {split}"
 
 
+@pytest.mark.slow
 def test_before_the_cut_there_was_a_leak_and_the_cut_is_small(clean):
     training = [text for splits, _ in clean.values() for text in splits["train"]]
     assert corpus.shared_runs(corpus.split_texts("reference")["test"], training) > 100
@@ -82,6 +84,7 @@ def test_topics_that_share_a_run_stay_on_one_side():
         assert corpus.shared_runs(texts[other], texts[one]) == 0
 
 
+@pytest.mark.slow
 def test_tokens_give_the_text_back_and_bits_a_byte_follow_from_nats():
     reference = corpus.load_corpus("reference")
     assert reference.test.dtype == torch.int64 and int(reference.test.max()) < 10_000
@@ -93,6 +96,7 @@ def test_tokens_give_the_text_back_and_bits_a_byte_follow_from_nats():
     assert uniform == pytest.approx(len(reference.test) * math.log2(10_000) / reference.bytes["test"])
 
 
+@pytest.mark.slow
 def test_the_second_reading_comes_from_the_cache_and_a_damaged_cache_is_made_again(monkeypatch):
     first = corpus.load_corpus("manual")
     (cache,) = corpus.user_folder("cache").glob("corpus_*.safetensors")

@@ -41,6 +41,7 @@ def run_cases(chosen: str, **variables: str) -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("chosen", ["one_hot", "operator", "not one_hot and not operator"])
 def test_right_on_the_interpreter(chosen):
@@ -54,6 +55,7 @@ def test_right_on_the_gpu(chosen):
     run_cases(chosen)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_compiled_for_an_h100_nothing_is_spilt_and_half_precision_uses_tensor_cores(tmp_path):
     """The source that the interpreter ran becomes machine code for sm_90; no GPU is needed for that."""

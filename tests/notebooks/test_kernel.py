@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output, writes
 
 from lora_edu.paths import REPOSITORY
+
+pytestmark = pytest.mark.slow
 
 
 def check(folder: Path, *cells: tuple[str, str]) -> str:

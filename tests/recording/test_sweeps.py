@@ -45,6 +45,7 @@ def test_bisection_asks_for_runs_until_each_d_90_lies_within_its_factor():
     assert runs.levels(0.2, 0.4) == pytest.approx({"performance": 0.36, "gain": 0.38})
 
 
+@pytest.mark.slow
 def test_every_run_of_a_stage_has_a_name_of_its_own_that_is_a_file_name():
     rows = load_sweeps()
     for stage, wanted in sweeps.STAGES.items():
@@ -123,6 +124,7 @@ def test_a_killed_sweep_goes_on_from_its_checkpoint_and_done_rows_are_kept(tmp_p
     assert runner.record(run, tmp_path) == row and time.monotonic() - began < 1
 
 
+@pytest.mark.slow
 def test_full_tuning_leaves_its_update_and_truncation_at_full_rank_is_the_tuned_model(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "RANKS", (2, 100))
     run = runs.run_of(method="full", rate=3e-3, steps=2, text="manual")
