@@ -1,7 +1,8 @@
 """For all tests and notebooks: a reader's folder that is thrown away, and the kernel that checks notebooks.
 
-That kernel has two threads (notebooks are built with one; a worker of xdist has one), no network, no writing into the clone, and
-nobody's IPython settings. Nothing here knows a single test; what belongs to one chapter stays with one worker.
+That kernel has two threads (notebooks are built with one, a worker of xdist has one), no network, no writing into the
+clone, and nobody's IPython settings. Nothing here knows a single test; what belongs to one chapter stays with one
+worker.
 """
 
 import atexit
