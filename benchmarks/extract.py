@@ -38,10 +38,9 @@ OURS, LOOP, MERGEKIT = "lora-edu extract", "loop of full SVDs", "mergekit"
 PEFT, LYCORIS = "PEFT convert_to_lora", "LyCORIS extract_linear"
 REFLECTIONS = 6
 
-# What runs in another interpreter: it may import only what is installed there.
-SCRIPTS = {
-    LOOP: """
-import json, sys, torch
+# What runs in another interpreter: it may import only what is installed there. `factors` is each way's own.
+WALK = """
+import sys
 from safetensors import safe_open
 from safetensors.torch import save_file
 before, after, out, rank = sys.argv[1:5]
@@ -49,52 +48,41 @@ made = {}
 with safe_open(before, "pt") as old, safe_open(after, "pt") as new:
     for name in old.keys():
         W = old.get_tensor(name)
-        if W.ndim == 2:
-            U, S, Vh = torch.linalg.svd(new.get_tensor(name) - W, full_matrices=False)
-            r = int(rank)
-            made[name] = (U[:, :r] * S[:r]).contiguous(), Vh[:r].contiguous()
-            del U, S, Vh
-save_file({f"{n}/{i}": t for n, pair in made.items() for i, t in zip("BA", pair)}, out)
-""",
-    LYCORIS: """
-import sys, torch
-from lycoris.utils import extract_linear
-from safetensors import safe_open
-from safetensors.torch import save_file
-before, after, out, rank = sys.argv[1:5]
-made = {}
-with safe_open(before, "pt") as old, safe_open(after, "pt") as new:
-    for name in old.keys():
-        W = old.get_tensor(name)
-        if W.ndim == 2 and "embed" not in name:
-            (A, B, _), _ = extract_linear(new.get_tensor(name) - W, "fixed", int(rank))
+        if W.ndim == 2 and (TABLES or "embed" not in name):
+            B, A = factors(new.get_tensor(name) - W, int(rank))
             made[name] = B.contiguous(), A.contiguous()
 save_file({f"{n}/{i}": t for n, pair in made.items() for i, t in zip("BA", pair)}, out)
+"""
+FACTORS = {
+    LOOP: """
+import torch
+TABLES = True
+def factors(delta, rank):
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    return U[:, :rank] * S[:rank], Vh[:rank]
+""",
+    LYCORIS: """
+from lycoris.utils import extract_linear
+TABLES = False
+def factors(delta, rank):
+    (A, B, _), _ = extract_linear(delta, "fixed", rank)
+    return B, A
 """,
     PEFT: """
-import sys, torch
+import torch
 from peft import LoKrConfig, convert_to_lora, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import save_file
-before, after, out, rank = sys.argv[1:5]
-made = {}
-with safe_open(before, "pt") as old, safe_open(after, "pt") as new:
-    for name in old.keys():
-        W = old.get_tensor(name)
-        if W.ndim != 2 or "embed" in name:
-            continue
-        base = torch.nn.ModuleDict({"x": torch.nn.Linear(W.shape[1], W.shape[0], bias=False)})
-        config = LoKrConfig(r=max(W.shape), alpha=max(W.shape), target_modules=["x"], decompose_factor=1)
-        model = get_peft_model(base, config)
-        layer = model.base_model.model["x"]
-        with torch.no_grad():
-            layer.lokr_w1["default"].fill_(1.0)
-            layer.lokr_w2["default"].copy_(new.get_tensor(name) - W)
-        _, state = convert_to_lora(model, rank=int(rank))
-        A, B = (next(t for k, t in state.items() if f"lora_{f}" in k) for f in "AB")
-        made[name] = B.contiguous(), A.contiguous()
-        del model, layer, base
-save_file({f"{n}/{i}": t for n, pair in made.items() for i, t in zip("BA", pair)}, out)
+TABLES = False
+def factors(delta, rank):
+    base = torch.nn.ModuleDict({"x": torch.nn.Linear(*delta.T.shape, bias=False)})
+    config = LoKrConfig(r=max(delta.shape), alpha=max(delta.shape), target_modules=["x"], decompose_factor=1)
+    model = get_peft_model(base, config)
+    layer = model.base_model.model["x"]
+    with torch.no_grad():
+        layer.lokr_w1["default"].fill_(1.0)
+        layer.lokr_w2["default"].copy_(delta)
+    _, state = convert_to_lora(model, rank=rank)
+    A, B = (next(t for k, t in state.items() if f"lora_{f}" in k) for f in "AB")
+    return B, A
 """,
 }
 
@@ -173,7 +161,15 @@ def commands(folder: Path, options: argparse.Namespace) -> dict[str, list[str]]:
     for way, interpreter in rivals.items():
         if interpreter:
             out = str(folder / f"{way}.safetensors")
-            found[way] = [interpreter, "-c", SCRIPTS[way], str(before), str(after), out, str(options.rank)]
+            found[way] = [
+                interpreter,
+                "-c",
+                FACTORS[way] + WALK,
+                str(before),
+                str(after),
+                out,
+                str(options.rank),
+            ]
     if options.mergekit:
         tool = Path(options.mergekit).with_name("mergekit-extract-lora")
         found[MERGEKIT] = [str(tool), "--model", str(folder / "after"), "--base-model", str(folder / "before"),
