@@ -61,6 +61,15 @@ def svd_of_product(left: Tensor, right: Tensor) -> Factors:
     return Factors(Q_left @ U, S, Vh @ Q_right.T)
 
 
+def halves(found: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    """(U√Σ, √ΣVᵀ), (m, r) and (r, n), of the first r directions: their product is the truncation to rank r.
+
+    found: an SVD, or anything with its first directions as U, S and Vh.
+    """
+    root = found.S[:rank].sqrt()
+    return found.U[:, :rank] * root, root[:, None] * found.Vh[:rank]
+
+
 def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
     """S of `svd_of_product` alone, (min(m, n, r),) float64, largest first: half the work."""
     left, right = _factors(left, right)

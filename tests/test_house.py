@@ -21,7 +21,7 @@ FLOORS = {
     2: ["tinylm", "lora", "loss"],
     3: ["training", "plots", "tuning"],
     4: ["explore", "exercises", "recording"],
-    5: ["cli", "lab", "doctor", "notebooks", "delta", "adapters", "site", "guard"],
+    5: ["cli", "commands", "lab", "doctor", "notebooks", "delta", "adapters", "site", "guard"],
 }
 OPENS_MODELS = {"adapters.text_loss"}  # a reader's own model, with transformers, when asked to
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"

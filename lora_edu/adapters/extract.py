@@ -6,7 +6,6 @@ The SVD is lora/extract.py's, the ranks are lora/ranks.py's; here are files, one
 import argparse
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -17,22 +16,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn import functional as F
 
+from lora_edu import commands, lowrank
 from lora_edu.adapters import text_loss, weights
-from lora_edu.adapters.writing import check_new, whole_folder
+from lora_edu.adapters.writing import check_new, in_place, made
 from lora_edu.delta import recognise
+from lora_edu.delta.compare import grouped
 from lora_edu.delta.files import FORMATS, Checkpoint, CheckpointError, Stored, open_checkpoint, read_whole
 from lora_edu.delta.measure import difference, norms
 from lora_edu.delta.pairing import EMBEDDINGS, canonical, grown, module_of, pair_names, tied_table
-from lora_edu.lora.adapter_files import AdapterError, Factors
+from lora_edu.lora.adapter_files import Factors
 from lora_edu.lora.combine import from_products
 from lora_edu.lora.extract import (
-    FIRST,
     Leading,
     choose,
     factors,
-    halves,
+    first_count,
     leading,
     missing,
     remaining,
@@ -43,7 +43,6 @@ from lora_edu.lora.ranks import choose_ranks
 from lora_edu.paths import expanded, write_atomically
 from lora_edu.text import printable
 
-BAD_INPUT = 2
 NOTHING_EXTRACTED = 1
 RULES = ("rank", "energy", "error", "parameters")
 PARTS = 1  # version of what is kept of an interrupted run
@@ -119,17 +118,11 @@ def extract(
     matrices = _matrices(base, tuned, left, notes)
     store = _Parts(out, base, tuned, rules, before_is_exact)
     try:
-        store.open()
-        report = _run(
-            base, tuned, matrices, rules, left, notes, store, keep_whole, out, before_is_exact, progress
-        )
-    except OSError as refusal:
-        store.remove()
-        raise CheckpointError(f"{printable(out)} can't be made: {refusal.strerror or refusal}") from None
-    except (RuntimeError, MemoryError, SafetensorError) as refusal:
-        store.remove()
-        told = printable(str(refusal).partition("\n")[0] or "out of memory")
-        raise CheckpointError(f"{printable(out)} can't be made: {told}") from None
+        with made(out):
+            store.open()
+            report = _run(
+                base, tuned, matrices, rules, left, notes, store, keep_whole, out, before_is_exact, progress
+            )
     except Exception:
         store.remove()
         raise
@@ -288,7 +281,7 @@ class _Parts:
     def halves(self, number: int, rank: int) -> tuple[Tensor, Tensor]:
         with safe_open(self.path(number), framework="pt") as file:
             U, S, Vh = (file.get_tensor(each).clone() for each in ("U", "S", "Vh"))
-        return halves(Leading(U, S, Vh, 0.0, True, 0.0), rank)
+        return lowrank.halves(lowrank.Factors(U, S, Vh), rank)
 
     def write(self, number: int, known: dict, head: Leading) -> None:
         tensors = {name: getattr(head, name).contiguous() for name in ("U", "S", "Vh")}
@@ -329,9 +322,8 @@ def _run(
         empty = torch.empty(0)
         return Leading(empty, done[1], empty, done[0]["norm"], done[0]["exhausted"], done[0]["left"])
 
-    first = rules["rank"] if rules["rank"] is not None else FIRST if rules["parameters"] is not None else None
     for matrix in progress(matrices):
-        lead(matrix.key, first)
+        lead(matrix.key, first_count(rules))
     for key, each in known.items():
         if each["status"] == "not finite":
             left[key] = each["note"]
@@ -369,7 +361,7 @@ def _run(
         settings["target_parameters"] = targets
     settings["fan_in_fan_out"] = any(m.way == "transposed" and m.part is None for m in usable)
     common = next((m.layers[0] for m in usable if m.group and m.part is None and m.layers[0] in layers), None)
-    with whole_folder(out) as place:
+    with in_place(out) as place:
         write_adapter(
             place,
             layers,
@@ -415,7 +407,9 @@ def _layers(
         rank = ranks[matrix.key]
         if not rank:
             continue
-        left, right = _padded(*store.halves(numbers[matrix.key], rank), rank)
+        left, right = store.halves(numbers[matrix.key], rank)
+        short = rank - left.shape[1]  # zeros, up to a rank that others share
+        left, right = F.pad(left, (0, short)), F.pad(right, (0, 0, 0, short))
         if matrix.part is not None:
             stacks.setdefault(matrix.layers[0], []).append((matrix, left, right))
             continue
@@ -430,17 +424,6 @@ def _layers(
         like = factors(*products[0])._replace(experts=len(products))
         layers[f"{module}.base_layer" if nested else module] = from_products(like, products)
     return layers, sorted(stacks)
-
-
-def _padded(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """With zeros up to a rank that others share."""
-    short = rank - left.shape[1]
-    if not short:
-        return left, right
-    return (
-        torch.cat([left, left.new_zeros(len(left), short)], dim=1),
-        torch.cat([right, right.new_zeros(short, right.shape[1])]),
-    )
 
 
 def _kept(left: dict[str, str], tuned: Checkpoint, layers: dict[str, Factors]) -> dict[str, Tensor]:
@@ -470,22 +453,11 @@ def _kept(left: dict[str, str], tuned: Checkpoint, layers: dict[str, Factors]) -
 
 def main(arguments: Sequence[str]) -> int:
     """Extract, and say what was taken and what was not; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _command(options)
-    except BrokenPipeError:
-        raise
-    except (CheckpointError, AdapterError, OSError, ValueError) as error:
-        print(f"lora-edu extract: {printable(error, 2000)}", file=sys.stderr)
-        return BAD_INPUT
+    return commands.status("lora-edu extract", _command, _parser().parse_args(arguments), (ValueError,))
 
 
 def _command(options: argparse.Namespace) -> int:
-    hidden = options.quiet or not sys.stderr.isatty()
-
-    def progress(matrices: list) -> tqdm:
-        return tqdm(matrices, unit="matrix", leave=False, disable=hidden, file=sys.stderr)
-
+    commands.check_output(options.json, (options.before, options.after))
     if options.text and options.model is None:
         options.model = options.before
     held = text_loss.asked_for(options)
@@ -496,7 +468,7 @@ def _command(options: argparse.Namespace) -> int:
         **{rule: getattr(options, rule) for rule in RULES},
         keep_whole=options.keep_whole,
         before_is_exact=options.before_exact,
-        progress=progress,
+        progress=commands.bar("matrix", options.quiet),
     )
     for note in report.notes:
         print(f"lora-edu extract: {note}", file=sys.stderr)
@@ -533,11 +505,7 @@ def record(report: Report) -> dict:
 
 def text(report: Report, out: str) -> str:
     """What was extracted, by kind of matrix, and what was left."""
-    kinds: dict[str, list[Row]] = {}
-    for name, row in report.rows.items():
-        kinds.setdefault(re.sub(r"(?<![^.\[])\d+(?![^.\]])", "*", name.removesuffix(".weight")), []).append(
-            row
-        )
+    kinds = grouped(report.rows)
     lines = []
     if kinds:
         width = max(map(len, kinds)) + 7
@@ -577,9 +545,9 @@ def text(report: Report, out: str) -> str:
         lines.append(f"Kept whole (modules_to_save, biases): {len(report.kept)} tensors.")
     elif report.left:
         lines.append("--keep-whole puts into the adapter what can be stored whole.")
-    made = report.parameters or report.kept
+    written = report.parameters or report.kept
     lines.append(
-        f"Written to {printable(out)}." if made else "Nothing could be extracted; nothing was written."
+        f"Written to {printable(out)}." if written else "Nothing could be extracted; nothing was written."
     )
     return "\n".join(lines)
 

@@ -12,21 +12,19 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from lora_edu import commands
 from lora_edu.adapters import text_loss
 from lora_edu.adapters.usage import (
     Usage,
-    by_kind,
-    kept_together,
+    kept_at,
     recommendation,
     uses_of,
 )
-from lora_edu.delta import BAD_INPUT, NOTHING_MEASURED, check_output, recognise, write_page
-from lora_edu.delta.compare import kind
+from lora_edu.delta import NOTHING_MEASURED, recognise, write_page
+from lora_edu.delta.compare import grouped, kind
 from lora_edu.delta.files import CheckpointError
 from lora_edu.delta.measure import rank_grid
-from lora_edu.lora.adapter_files import Adapter, AdapterError, read_adapter
+from lora_edu.lora.adapter_files import Adapter, read_adapter
 from lora_edu.paths import expanded, write_atomically
 from lora_edu.text import printable
 
@@ -63,27 +61,17 @@ NAME = "lora-edu inspect"
 
 def main(arguments: Sequence[str]) -> int:
     """Print the tables, write what was asked for; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except BrokenPipeError:
-        raise  # the reader of a pipe has seen enough: cli.py's
-    except (CheckpointError, AdapterError, OSError) as error:
-        print(f"{NAME}: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return commands.status(NAME, _run, _parser().parse_args(arguments))
 
 
 def _run(options: argparse.Namespace) -> int:
     if options.html == "-":
         raise CheckpointError("--html needs a file's name: a page isn't printed")
     for path in (options.json, options.html):
-        check_output(path, (options.adapter, options.text, options.model))
+        commands.check_output(path, (options.adapter, options.text, options.model))
     adapter, notes = open_adapter(options.adapter)
     held = text_loss.asked_for(options)
-    hidden = options.quiet or not sys.stderr.isatty()
-    uses = uses_of(
-        adapter, lambda names: tqdm(names, unit="layer", leave=False, disable=hidden, file=sys.stderr)
-    )
+    uses = uses_of(adapter, commands.bar("layer", options.quiet))
     for note in notes:
         print(f"{NAME}: {note}", file=sys.stderr)
     rows = _losses(held, adapter, uses) if held else []
@@ -162,7 +150,7 @@ def text(adapter: Adapter, uses: Mapping[str, Usage], width: int | None, hint: b
     if uses:
         lines += report.table("layer", {name: _cells(each) for name, each in uses.items()}, width, COLUMNS)
         lines += ["", "By kind (medians; the norm, and the shares at r/2 and r/4: of all taken together)", ""]
-        kinds = {f"{name} ({len(of)})": _kind_cells(of) for name, of in by_kind(uses).items()}
+        kinds = {f"{name} ({len(of)})": _kind_cells(of) for name, of in grouped(uses).items()}
         lines += report.table("kind", kinds, width, COLUMNS)
         lines += ["", *_totals(uses), ""]
         lines += [textwrap.fill(words, min(width or 100, 100)) for words in _words(uses)]
@@ -222,8 +210,8 @@ def _kind_cells(uses: list[Usage]) -> list[str]:
         f"{next(iter(ranks))} " if len(ranks) == 1 else "various ",
         number(norm),
         *(shown[name] for name in ("stable_rank", "effective_rank", "rank_90", "rank_99")),
-        _percent(kept_together(numbered, lambda each: math.ceil(each.rank / 2))),
-        _percent(kept_together(numbered, lambda each: math.ceil(each.rank / 4))),
+        _percent(kept_at(2, numbered)),
+        _percent(kept_at(4, numbered)),
         shown["above"],
         shown["recommended"],
     ]
@@ -240,12 +228,9 @@ def _percent(share: float | None) -> str:
 def _totals(uses: Mapping[str, Usage]) -> Iterator[str]:
     parameters = sum(each.parameters for each in uses.values())
     norm = math.sqrt(sum((each.norm or 0.0) ** 2 for each in uses.values()))
-    half, quarter = (
-        kept_together(uses, lambda each, part=part: math.ceil(each.rank / part)) for part in (2, 4)
-    )
     yield (
-        f"All {len(uses)} layers: {parameters} parameters, ‖ΔW‖ {norm:.3g}; r/2 keeps {_percent(half)}% of it squared, "
-        f"r/4 {_percent(quarter)}%"
+        f"All {len(uses)} layers: {parameters} parameters, ‖ΔW‖ {norm:.3g}; r/2 keeps {_percent(kept_at(2, uses))}% of "
+        f"it squared, r/4 {_percent(kept_at(4, uses))}%"
     )
 
 
@@ -289,8 +274,8 @@ def record(name: str, adapter: Adapter, uses: Mapping[str, Usage]) -> dict:
         "layout": adapter.layout,
         "alpha_known": adapter.scaled,
         "layers": rows,
-        "kept_at_half": kept_together(uses, lambda each: math.ceil(each.rank / 2)),
-        "kept_at_quarter": kept_together(uses, lambda each: math.ceil(each.rank / 4)),
+        "kept_at_half": kept_at(2, uses),
+        "kept_at_quarter": kept_at(4, uses),
         "recommended": what,
         "reason": why,
         "stored_whole": {key: list(each.shape) for key, each in adapter.whole.items()},

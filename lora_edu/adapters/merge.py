@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lora_edu import commands
 from lora_edu.adapters import weights
-from lora_edu.adapters.writing import Entry, bytes_of, check_new, whole_folder, write_safetensors
+from lora_edu.adapters.writing import Entry, bytes_of, check_new, in_place, made, write_safetensors
 from lora_edu.delta import recognise
 from lora_edu.delta.compare import beside, target_of
 from lora_edu.delta.files import (
@@ -34,11 +34,11 @@ from lora_edu.delta.files import (
 )
 from lora_edu.delta.pairing import canonical, counts_tokens, module_of, tied_table
 from lora_edu.lora.adapter_files import Adapter, AdapterError, Factors, read_adapter
-from lora_edu.lora.combine import concatenated, cut
+from lora_edu.lora.combine import concatenated
+from lora_edu.lora.resizing import at_most
 from lora_edu.paths import expanded, write_atomically
 from lora_edu.text import format_bytes, printable
 
-BAD_INPUT = 2
 PIECE = 2**22  # bytes copied at once
 SWALLOWED = (
     0.1  # --keep-float32 without a number: matrices of whose ΔW rounding swallows more than this share
@@ -122,15 +122,10 @@ def merge(
     check_new(out, (base, place, *paths))
     plan = _Plan(model, read, options)
     plan.notes[:0] = [f"BASE: {note}"] if note else []
-    try:
-        with whole_folder(out) as folder:
-            written = _write(plan, folder, progress)
-            _copy_others(model.path, folder, plan)
-    except OSError as refusal:
-        raise CheckpointError(f"{printable(out)} can't be made: {refusal.strerror or refusal}") from None
-    except (RuntimeError, MemoryError) as refusal:
-        told = printable(str(refusal).partition("\n")[0] or "out of memory")
-        raise CheckpointError(f"{printable(out)} can't be made: {told}") from None
+    with made(out), in_place(out) as folder:
+        folder.mkdir()
+        written = _write(plan, folder, progress)
+        _copy_others(model.path, folder, plan)
     return Report(plan.done, plan.notes, written)
 
 
@@ -181,7 +176,7 @@ class _Plan:
         for target, modules in parts.items():
             together = {module: concatenated(module, each) for module, each in modules.items()}
             if self.options.rank is not None:
-                together = {module: cut(each, self.options.rank)[0] for module, each in together.items()}
+                together = {module: at_most(each, self.options.rank) for module, each in together.items()}
             ties = weights.tied_modules(target, self.model.tensors, self.config)
             asked = any(adapter.config.get("ensure_weight_tying") for adapter, _ in adapters)
             if ties:
@@ -317,7 +312,7 @@ class _Plan:
                 )
             for name, (ids, values) in adapter.rows.items():
                 target = self.by_name.get(name) or tied_table(
-                    name, self._rows_shape(name, values), self.model.tensors
+                    name, self._rows_shape(values), self.model.tensors
                 )
                 if target is None or max(ids, default=0) >= self.model.tensors[target].shape[0]:
                     raise AdapterError(
@@ -325,7 +320,7 @@ class _Plan:
                     )
                 self._change(target).rows.append((weight, ids, values))
 
-    def _rows_shape(self, name: str, values: Tensor) -> tuple[int, ...]:
+    def _rows_shape(self, values: Tensor) -> tuple[int, ...]:
         return next((s.shape for n, s in self.model.tensors.items() if counts_tokens(n)), tuple(values.shape))
 
     def _one_whole(self, name: str, tensor: Tensor, weight: float, alone: bool, trained: bool) -> None:
@@ -618,24 +613,14 @@ def _copy_others(base: Path, folder: Path, plan: _Plan) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Merge, and say what rounding swallowed; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _command(options)
-    except BrokenPipeError:
-        raise
-    except (CheckpointError, AdapterError, OSError, ValueError) as error:
-        print(f"lora-edu merge: {printable(error, 2000)}", file=sys.stderr)
-        return BAD_INPUT
+    return commands.status("lora-edu merge", _command, _parser().parse_args(arguments), (ValueError,))
 
 
 def _command(options: argparse.Namespace) -> int:
-    hidden = options.quiet or not sys.stderr.isatty()
-
-    def progress(names: list) -> tqdm:
-        return tqdm(names, unit="tensor", leave=False, disable=hidden, file=sys.stderr)
-
+    adapters = [_weighted(each) for each in options.adapters]
+    commands.check_output(options.json, (options.base, *(path for path, _ in adapters)))
     how = Options(options.rank, options.keep_float32, options.stochastic, options.keep_tied)
-    report = merge(options.base, [_weighted(each) for each in options.adapters], options.out, how, progress)
+    report = merge(options.base, adapters, options.out, how, commands.bar("tensor", options.quiet))
     for note in report.notes:
         print(f"lora-edu merge: {note}", file=sys.stderr)
     if options.json:

@@ -7,11 +7,7 @@ import argparse
 import json
 import math
 import os
-import re
-import secrets
-import shutil
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_edu import commands
 from lora_edu.adapters import text_loss
 from lora_edu.adapters.inspect import open_adapter
-from lora_edu.delta import BAD_INPUT
+from lora_edu.adapters.writing import in_place
 from lora_edu.delta.files import CheckpointError
 from lora_edu.lora.adapter_files import (
     CONFIG,
@@ -37,6 +34,7 @@ from lora_edu.lora.adapter_files import (
     read_config,
     sort_keys,
 )
+from lora_edu.lora.peft_format import ranks_and_alphas
 from lora_edu.lora.resizing import pooled, resize, singular_values
 from lora_edu.paths import expanded
 from lora_edu.text import printable
@@ -56,18 +54,10 @@ class Resized(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """Write the smaller adapter and say what it keeps; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except BrokenPipeError:
-        raise  # the reader of a pipe has seen enough: cli.py's
-    except (CheckpointError, AdapterError, OSError) as error:
-        print(f"{NAME}: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return 0
+    return commands.status(NAME, _run, _parser().parse_args(arguments))
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     rule = {
         "rank": options.rank,
         "energy": options.energy,
@@ -90,6 +80,7 @@ def _run(options: argparse.Namespace) -> None:
     print("\n".join(_told(adapter, made, options.out)))
     if held:
         print("\n".join(["", *text_loss.lines(held, rows)]))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -267,21 +258,11 @@ def _config(adapter: Adapter, layers: Mapping[str, Factors]) -> dict | None:
     if not _is_folder(adapter):
         return None
     config = read_config(adapter.path.parent)
-    rank = Counter(each.rank for each in layers.values()).most_common(1)[0][0]
+    told = ranks_and_alphas(layers)
     if adapter.layout == "MLX":
-        config["lora_parameters"] = config["lora_parameters"] | {"rank": rank}
+        config["lora_parameters"] = config["lora_parameters"] | {"rank": told["r"]}
         return config
-    number = lambda alpha: int(alpha) if alpha == int(alpha) else alpha
-    alpha = Counter(number(each.alpha) for each in layers.values()).most_common(1)[0][0]
-    place = lambda name: f"^{re.escape(name)}"  # PEFT matches the keys as patterns
-    config |= {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {place(name): each.rank for name, each in layers.items() if each.rank != rank},
-        "alpha_pattern": {
-            place(name): number(each.alpha) for name, each in layers.items() if each.alpha != alpha
-        },
-    }
+    config |= told
     if layers.keys() != adapter.layers.keys() and not config.get("target_parameters"):
         config["target_modules"] = sorted(layers)
     return config
@@ -294,26 +275,18 @@ def _put(
     out: Path, adapter: Adapter, tensors: dict[str, Tensor], metadata: dict[str, str], config: dict | None
 ) -> None:
     """Everything beside `out` first, then one rename; after a failure nothing is left."""
-    beside = out.with_name(f".{secrets.token_hex(4)}.new")
     try:
-        if config is None:
-            _save(tensors, beside, metadata)
-        else:
-            beside.mkdir()
-            text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-            (beside / CONFIG).write_bytes(text.encode("utf-8", "backslashreplace"))
-            _save(tensors, beside / (MLX_WEIGHTS if adapter.layout == "MLX" else WEIGHTS), metadata)
-        _check_out(out, adapter)  # something may have come since
-        if out.is_dir():
-            out.rmdir()  # empty
-        os.rename(beside, out)
+        with in_place(out) as beside:
+            if config is None:
+                _save(tensors, beside, metadata)
+            else:
+                beside.mkdir()
+                text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+                (beside / CONFIG).write_bytes(text.encode("utf-8", "backslashreplace"))
+                _save(tensors, beside / (MLX_WEIGHTS if adapter.layout == "MLX" else WEIGHTS), metadata)
+            _check_out(out, adapter)  # something may have come since
     except SafetensorError as error:
         raise CheckpointError(f"{printable(out)} can't be written: {printable(error)}") from None
-    finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from lora_edu import lowrank
-from lora_edu.delta.compare import kind
 from lora_edu.lora.adapter_files import Adapter, Factors
 from lora_edu.lora.resizing import pooled, singular_values
 
@@ -110,14 +109,6 @@ def uses_of(adapter: Adapter, progress: Callable[[list], object] = iter) -> dict
     return {name: use_of(adapter.layers[name]) for name in progress(list(adapter.layers))}
 
 
-def by_kind(uses: Mapping[str, Usage]) -> dict[str, list[Usage]]:
-    """Layers by their name without their number: h.3.attn.c_attn → h.*.attn.c_attn."""
-    kinds: dict[str, list[Usage]] = {}
-    for name, each in uses.items():
-        kinds.setdefault(kind(name), []).append(each)
-    return kinds
-
-
 def kept_together(uses: Mapping[str, Usage], ranks: Callable[[Usage], int]) -> float | None:
     """Share of all layers' ‖ΔW‖² that cutting each to its rank keeps; None where all are 0."""
     kept = total = 0.0
@@ -125,6 +116,11 @@ def kept_together(uses: Mapping[str, Usage], ranks: Callable[[Usage], int]) -> f
         kept += sum(value**2 for value in each.values[: ranks(each)])
         total += sum(value**2 for value in each.values)
     return kept / total if total else None
+
+
+def kept_at(part: int, uses: Mapping[str, Usage]) -> float | None:
+    """`kept_together` where each layer is cut to ⌈r / part⌉."""
+    return kept_together(uses, lambda each: math.ceil(each.rank / part))
 
 
 def recommendation(uses: Mapping[str, Usage]) -> tuple[str, str]:

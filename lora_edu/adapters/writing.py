@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and safetensors files written a few rows at a time.
+"""Files and folders that appear whole or not at all, and safetensors files written a few rows at a time.
 
 Not for what is in them.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lora_edu.delta.files import BITS, CheckpointError
@@ -46,17 +47,34 @@ def check_new(out: Path, inputs: Iterable[Path]) -> None:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, put in its place at the end; after a failure nothing is left."""
-    place = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    place.mkdir()
+def in_place(out: Path) -> Iterator[Path]:
+    """A name beside `out` for a file or a folder that is put in its place at the end; after a failure nothing is left.
+
+    `out` must not be there, or be an empty folder.
+    """
+    place = out.with_name(f".{secrets.token_hex(4)}.new")
     try:
         yield place
         if out.is_dir():
-            out.rmdir()  # empty: check_new
+            out.rmdir()
         os.replace(place, out)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
+
+
+@contextmanager
+def made(out: Path) -> Iterator[None]:
+    """Whatever reading and writing raise, as a CheckpointError of one line that names what can't be made."""
+    try:
+        yield
+    except OSError as refusal:
+        raise CheckpointError(f"{printable(out)} can't be made: {refusal.strerror or refusal}") from None
+    except (RuntimeError, MemoryError, SafetensorError) as refusal:
+        told = printable(str(refusal).partition("\n")[0] or "out of memory")
+        raise CheckpointError(f"{printable(out)} can't be made: {told}") from None
 
 
 def write_safetensors(path: Path, entries: list[Entry]) -> None:

@@ -6,34 +6,23 @@ The command line alone: what is read is in files.py, the figures in measure.py, 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from tqdm import tqdm
-
+from lora_edu import commands
 from lora_edu.delta.compare import Comparison, compare
 from lora_edu.delta.files import CheckpointError, open_checkpoint
 from lora_edu.delta.measure import Figures
-from lora_edu.lora.peft_format import AdapterError
 from lora_edu.paths import expanded, write_atomically
 from lora_edu.text import format_bytes, printable
 
 __all__ = ["CheckpointError", "Comparison", "Figures", "compare", "main", "open_checkpoint"]
 
-BAD_INPUT = 2  # exit status: a file that can't be read, or nothing to compare
-NOTHING_MEASURED = 1  # read, but of no tensor could anything be said
+NOTHING_MEASURED = 1  # exit status: read, but of no tensor could anything be said
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the tables, write what was asked for; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except BrokenPipeError:
-        raise  # the reader of a pipe has seen enough: cli.py's
-    except (CheckpointError, AdapterError, OSError) as error:
-        print(f"lora-edu delta: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return commands.status("lora-edu delta", _run, _parser().parse_args(arguments))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -42,13 +31,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.html == "-":
         raise CheckpointError("--html needs a file's name: a page isn't printed")
     for path in (options.json, options.plot, options.html):
-        check_output(path, (options.before, options.after))
-    hidden = options.quiet or not sys.stderr.isatty()
-
-    def progress(names: list) -> tqdm:
-        return tqdm(names, unit="tensor", leave=False, disable=hidden, file=sys.stderr)
-
-    found = compare(options.before, options.after, options.before_exact, progress)
+        commands.check_output(path, (options.before, options.after))
+    found = compare(
+        options.before, options.after, options.before_exact, commands.bar("tensor", options.quiet)
+    )
     for note in found.given:
         print(f"lora-edu delta: {note}", file=sys.stderr)
     if not found.figures and not found.not_measured and not found.shapes_differ:
@@ -122,24 +108,6 @@ def write_page(command: str, name: str, made: bytes) -> None:
     """Write a page and say on the standard error how large it is."""
     write_atomically(expanded(name), made)
     print(f"lora-edu {command}: {name} has {format_bytes(len(made))}", file=sys.stderr)
-
-
-def check_output(name: str | None, inputs: Iterable[str | None]) -> None:
-    """Before an hour of work: the folder is there, and the file is none of those that are read."""
-    if name is None or name == "-":
-        return
-    path = expanded(name)
-    if path.is_dir() or not path.parent.is_dir():
-        raise CheckpointError(
-            f"{name} can't be written: {'it is a folder' if path.is_dir() else 'no such folder'}"
-        )
-    for read in map(expanded, filter(None, inputs)):
-        if path.exists() and any(other.exists() and path.samefile(other) for other in (read, *_files(read))):
-            raise CheckpointError(f"{name} is read, so it is not written over: give another name")
-
-
-def _files(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _first(names: list[str], title: str) -> str:

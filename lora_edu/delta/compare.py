@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ from lora_edu.lora.adapter_files import Adapter, Factors, is_lora, read_adapter,
 from lora_edu.paths import expanded
 from lora_edu.text import printable
 
+Each = TypeVar("Each")
 LEAST_ROOM = 2**24  # bytes: a checkpoint of small matrices need not do with less
 
 
@@ -361,16 +362,20 @@ def beside(name: str, tensor: torch.Tensor, tensors: dict[str, Stored]) -> str:
 
 def kind(name: str) -> str:
     """What is left of a matrix's name without its layer's number: h.3.attn.c_attn.weight → h.*.attn.c_attn."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name.removesuffix(".weight"))
+    return re.sub(r"(?<![^.\[])\d+(?![^.\]])", "*", name.removesuffix(".weight"))
+
+
+def grouped(figures: Mapping[str, Each]) -> dict[str, list[Each]]:
+    """What belongs to matrices, by their kind, in the order of their first."""
+    kinds: dict[str, list[Each]] = {}
+    for name, each in figures.items():
+        kinds.setdefault(kind(name), []).append(each)
+    return kinds
 
 
 def by_kind(figures: dict[str, Figures]) -> dict[str, list[Figures]]:
     """Matrices by kind, in the order of their first; vectors left out."""
-    kinds: dict[str, list[Figures]] = {}
-    for name, each in figures.items():
-        if len(each.shape) >= 2:
-            kinds.setdefault(kind(name), []).append(each)
-    return kinds
+    return grouped({name: each for name, each in figures.items() if len(each.shape) >= 2})
 
 
 def together(figures: list[Figures]) -> tuple[float | None, float | None]:

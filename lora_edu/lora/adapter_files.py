@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,6 +123,15 @@ class Factors(NamedTuple):
         A = self.lora_A.reshape(self.experts, self.rank, -1)
         B = self.lora_B.reshape(-1, self.rank, self.experts)
         return [(B[..., expert], A[expert]) for expert in range(self.experts)]
+
+    def with_products(self, products: Sequence[tuple[Tensor, Tensor]], alpha: float) -> "Factors":
+        """The same layer with other factors, given as `products` gives them, and another alpha."""
+        if self.embedding:
+            A, B = products[0][0], products[0][1].T
+        else:
+            A = torch.cat([right for _, right in products])
+            B = torch.stack([left for left, _ in products], dim=2).flatten(1)  # the expert changes fastest
+        return self._replace(lora_A=A.contiguous(), lora_B=B.contiguous(), alpha=alpha)
 
     def delta_weight(self) -> Tensor:
         """ΔW in float32 at least: (out, in) of a linear layer, s · BA; (V, d) of an embedding, s · A Bᵀ; of

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lora_edu import lowrank
-
 from .adapter_files import Adapter, Factors
+from .resizing import at_most
 
 
 def mix(
@@ -21,7 +20,7 @@ def mix(
 
     The factors are concatenated, B = [w_1 s_1 B_1 | w_2 s_2 B_2 | …] and A stacked, with alpha = r, so that s = 1.
     (Adding the A's and the B's of two adapters, as is sometimes done, is not a mixture: it has B_1 A_2 in it.)
-    rank: each layer is then cut to the nearest of this rank (`cut`); a layer of lower rank stays as it is.
+    rank: each layer is then cut to the nearest of this rank (`at_most`); a layer of lower rank stays as it is.
 
     Raises ValueError if there is nothing to mix, if a layer is not of one shape and kind everywhere, or if an adapter
     has more than factors (whole modules, token rows): these can be mixed only with their base.
@@ -35,7 +34,7 @@ def mix(
         for name, each in _layers(adapter).items():
             found.setdefault(name, []).append((each, float(weight)))
     mixed = {name: concatenated(name, parts) for name, parts in found.items()}
-    return mixed if rank is None else {name: cut(each, rank)[0] for name, each in mixed.items()}
+    return mixed if rank is None else {name: at_most(each, rank) for name, each in mixed.items()}
 
 
 def _layers(adapter: Adapter | Mapping[str, Factors]) -> Mapping[str, Factors]:
@@ -77,36 +76,4 @@ def concatenated(name: str, parts: Sequence[tuple[Factors, float]]) -> Factors:
 def from_products(like: Factors, products: Sequence[tuple[Tensor, Tensor]]) -> Factors:
     """Factors of the kind of `like` with s = 1, from a pair (left, right) for each expert; see `Factors.products`."""
     rank = products[0][0].shape[1]
-    if like.embedding:
-        A, B = products[0][0], products[0][1].T
-    else:
-        A = torch.cat([right for _, right in products])
-        B = torch.stack([left for left, _ in products], dim=2).flatten(1)
-    neutral = math.sqrt(rank) if like.rank_stabilised else float(rank)
-    return like._replace(lora_A=A.contiguous(), lora_B=B.contiguous(), alpha=neutral)
-
-
-def cut(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """(the nearest factors of at most this rank, ‖what is lost‖_F / ‖ΔW‖_F), ΔW = s · left right never formed.
-
-    The SVD of the product comes from QR of both factors (`lowrank.svd_of_product`; Eckart & Young).
-    Experts are cut one by one. Where the rank is no smaller, the factors come back as they are.
-    """
-    if rank < 1:
-        raise ValueError(f"rank must be a whole number above 0; got {rank}")
-    if rank >= factors.rank:
-        return factors, 0.0
-    lost = whole = 0.0
-    products = []
-    for left, right in factors.products():
-        U, S, Vh = lowrank.svd_of_product(left, right)
-        S = abs(factors.scaling) * S
-        root = S[:rank].sqrt()
-        dtype = torch.promote_types(left.dtype, torch.float32)
-        sign = math.copysign(1.0, factors.scaling)
-        products.append((sign * (U[:, :rank] * root).to(dtype), (root[:, None] * Vh[:rank]).to(dtype)))
-        lost, whole = lost + float(S[rank:].square().sum()), whole + float(S.square().sum())
-    bias = factors.bias
-    if bias is not None:
-        bias = factors.scaling * bias.to(torch.promote_types(bias.dtype, torch.float32))
-    return from_products(factors, products)._replace(bias=bias), math.sqrt(lost / whole) if whole else 0.0
+    return like.with_products(products, math.sqrt(rank) if like.rank_stabilised else float(rank))

@@ -95,7 +95,7 @@ def extract_lora(
             continue
         last = name.rpartition(".")[2]
         table = last in (*EMBEDDINGS, *embeddings)
-        layers[name] = factors(*halves(head, ranks[name]), table, last in transposed)
+        layers[name] = factors(*lowrank.halves(head, ranks[name]), table, last in transposed)
         errors[name] = remaining(head, ranks[name])
     rounding = {name: min(noise[name][1] / head.norm, 1.0) ** 2 for name, head in heads.items()}
     return Extracted(layers, errors, rounding, left)
@@ -147,8 +147,7 @@ def choose(
     members: dict[str, list[str]] = {}
     for name in names:
         members.setdefault(groups[name], []).append(name)
-    first = rules["rank"] if rules["rank"] is not None else FIRST if rules["parameters"] is not None else None
-    heads = {name: lead(name, first) for name in names}
+    heads = {name: lead(name, first_count(rules)) for name in names}
     times = {name: (copies or {}).get(name, 1) for name in names}
     cost = {
         group: tuple(sum(times[name] * sides[name][axis] for name in each) for axis in (0, 1))
@@ -198,12 +197,6 @@ def leading(
     return Leading(found.U[:, :above], found.S[:above], found.Vh[:above], norm, exhausted, error)
 
 
-def halves(head: Leading, rank: int) -> tuple[Tensor, Tensor]:
-    """(left, right) with left right = Σ_{k ≤ r} σ_k u_k v_kᵀ, the singular values shared evenly."""
-    root = head.S[:rank].sqrt()
-    return head.U[:, :rank] * root, root[:, None] * head.Vh[:rank]
-
-
 def remaining(head: Leading, rank: int) -> float:
     """‖ΔW − ΔW_r‖_F / ‖ΔW‖_F of the first directions of a measured head: what it left, and those that are cut."""
     cut = float(head.S[rank:].double().square().sum())
@@ -248,6 +241,11 @@ def _rounding(old: Tensor, new: Tensor) -> tuple[float, float]:
     )
     rows, columns = variances.sum(1), variances.sum(0)
     return ALLOWANCE * (float(rows.max()) ** 0.5 + float(columns.max()) ** 0.5), float(rows.sum()) ** 0.5
+
+
+def first_count(rules: Mapping[str, float | None]) -> int | None:
+    """How many directions of each matrix to ask for first; None where the energy that they leave decides."""
+    return FIRST if rules["parameters"] is not None else rules["rank"]
 
 
 def missing(rules: Mapping[str, float | None]) -> float | None:

@@ -196,21 +196,10 @@ def _config(
     base_model_name: str | None,
     common: str | None = None,
 ) -> dict:
-    number = lambda alpha: int(alpha) if alpha == int(alpha) else alpha
-    most_frequent = lambda values: Counter(values).most_common(1)[0][0] if layers else 1
-    usual = [layers[common]] if common else list(layers.values())
-    rank = most_frequent(layer.rank for layer in usual)
-    alpha = most_frequent(layer.alpha for layer in usual)
-    key = lambda name: f"^{re.escape(name)}"  # PEFT matches the keys as patterns
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model_name,
-        "r": rank,
-        "lora_alpha": number(alpha),
-        "rank_pattern": {key(name): each.rank for name, each in layers.items() if each.rank != rank},
-        "alpha_pattern": {
-            key(name): number(each.alpha) for name, each in layers.items() if each.alpha != alpha
-        },
+        **ranks_and_alphas(layers, common),
         "lora_dropout": max((getattr(each, "dropout", 0.0) for each in layers.values()), default=0.0),
         "use_rslora": any(each.rank_stabilised for each in layers.values()),
         "target_modules": target_modules,
@@ -220,6 +209,26 @@ def _config(
         "init_lora_weights": True,
         "modules_to_save": None,
         "task_type": None,
+    }
+
+
+def ranks_and_alphas(
+    layers: Mapping[str, LoRALinear | LoRAEmbedding | Factors], common: str | None = None
+) -> dict:
+    """The configuration's r and lora_alpha, of the layer `common` or else the most frequent; the others as patterns."""
+    number = lambda alpha: int(alpha) if alpha == int(alpha) else alpha
+    most_frequent = lambda values: Counter(values).most_common(1)[0][0] if layers else 1
+    usual = [layers[common]] if common else list(layers.values())
+    rank = most_frequent(layer.rank for layer in usual)
+    alpha = most_frequent(layer.alpha for layer in usual)
+    key = lambda name: f"^{re.escape(name)}"  # PEFT matches the keys as patterns
+    return {
+        "r": rank,
+        "lora_alpha": number(alpha),
+        "rank_pattern": {key(name): each.rank for name, each in layers.items() if each.rank != rank},
+        "alpha_pattern": {
+            key(name): number(each.alpha) for name, each in layers.items() if each.alpha != alpha
+        },
     }
 
 

@@ -74,20 +74,15 @@ def cut(factors: Factors, rank: int) -> Factors:
     most = min(len(each.S) for each in pairs)
     if not 1 <= rank <= most:
         raise ValueError(f"rank must be between 1 and {most} (what BA can have at most); got {rank}")
-    lefts, rights = [], []
-    for U, S, Vh in pairs:
-        root = S[:rank].sqrt()
-        lefts.append(U[:, :rank] * root)
-        rights.append(root[:, None] * Vh[:rank])
-    if factors.embedding:
-        lora_A, lora_B = lefts[0], rights[0].T
-    elif factors.experts == 1:
-        lora_A, lora_B = rights[0], lefts[0]
-    else:  # B: the expert changes fastest
-        lora_A, lora_B = torch.cat(rights), torch.stack(lefts, dim=-1).flatten(1)
     unit = math.sqrt(rank) if factors.rank_stabilised else rank
-    return factors._replace(
-        lora_A=lora_A.to(factors.lora_A.dtype).contiguous(),
-        lora_B=lora_B.to(factors.lora_B.dtype).contiguous(),
-        alpha=factors.scaling * unit,
+    made = factors.with_products([lowrank.halves(each, rank) for each in pairs], factors.scaling * unit)
+    return made._replace(
+        lora_A=made.lora_A.to(factors.lora_A.dtype), lora_B=made.lora_B.to(factors.lora_B.dtype)
     )
+
+
+def at_most(factors: Factors, rank: int) -> Factors:
+    """The factors as they are, where their rank is no larger than this; else `cut`, to min(m, n) at most."""
+    if rank < 1:
+        raise ValueError(f"rank must be a whole number above 0; got {rank}")
+    return factors if rank >= factors.rank else cut(factors, min(rank, *factors.sides))

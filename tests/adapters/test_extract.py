@@ -25,14 +25,6 @@ def run(*arguments) -> int:
 
 
 @pytest.fixture
-def families():
-    pytest.importorskip("transformers")
-    import families
-
-    return families
-
-
-@pytest.fixture
 def pair(tmp_path):
     """Two folders of one file: a matrix of full rank, one of rank 2, one that is equal, and a norm."""
     torch.manual_seed(0)
@@ -149,6 +141,13 @@ def test_a_head_that_came_off_its_table(families, tmp_path):
 
 
 # --- ranks and rounding -------------------------------------------------------------------------------------
+
+
+def test_the_record_is_never_written_over_what_is_read(pair, tmp_path, capsys):
+    weights = (pair[0] / "model.safetensors").read_bytes()
+    assert run(*pair, tmp_path / "out", "--rank", 2, "--json", pair[0] / "model.safetensors") == 2
+    assert "is read, so it is not written over" in capsys.readouterr().err
+    assert (pair[0] / "model.safetensors").read_bytes() == weights and not (tmp_path / "out").exists()
 
 
 def test_what_is_said_and_recorded(pair, tmp_path, capsys):

@@ -27,14 +27,6 @@ def run(*arguments) -> int:
     return cli.main(["merge", *map(str, arguments)])
 
 
-@pytest.fixture
-def families():
-    pytest.importorskip("transformers")
-    import families
-
-    return families
-
-
 def drawn(rows, columns, rank=2, seed=0, scale=1.0, alpha=None) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: scale * torch.randn(*shape, generator=generator)
@@ -181,6 +173,14 @@ def test_a_grown_vocabulary_comes_with_the_adapter(families, tmp_path):
 
 
 # --- several adapters ---------------------------------------------------------------------------------------
+
+
+def test_the_record_is_never_written_over_what_is_read(small, tmp_path, capsys):
+    base, one, _ = small
+    weights = (one / "adapter_model.safetensors").read_bytes()
+    assert run(base, f"{one}:0.5", tmp_path / "out", "--json", one / "adapter_model.safetensors") == 2
+    assert "is read, so it is not written over" in capsys.readouterr().err
+    assert (one / "adapter_model.safetensors").read_bytes() == weights and not (tmp_path / "out").exists()
 
 
 def test_weighted_adapters_are_added_and_the_rest_is_copied(small, tmp_path, capsys):

@@ -11,7 +11,7 @@ from tiny_models import tiny
 from lora_edu import lowrank
 from lora_edu.lora import add_lora, lora_layers, mix, read_adapter, save_adapter
 from lora_edu.lora.adapter_files import Factors
-from lora_edu.lora.combine import cut
+from lora_edu.lora.resizing import at_most, pooled, singular_values
 
 
 def drawn(rank, sides=(9, 7), seed=0, kind="linear", stabilised=False, alpha=3.0) -> Factors:
@@ -44,9 +44,10 @@ def test_a_mixture_is_the_weighted_sum_of_updates(kind, parts):
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(["linear", "embedding", "experts"]), st.integers(1, 5), st.booleans())
-def test_a_cut_is_the_truncated_svd_and_says_what_is_lost(kind, rank, stabilised):
+def test_a_cut_is_the_truncated_svd_and_its_spectrum_says_what_is_lost(kind, rank, stabilised):
     factors = drawn(5, kind=kind, stabilised=stabilised)
-    smaller, lost = cut(factors, rank)
+    smaller, spectrum = at_most(factors, rank), pooled(singular_values(factors))
+    lost = float(spectrum[rank:].norm() / spectrum.norm())
     whole = factors.delta_weight().reshape(-1, *factors.sides)
     best = torch.stack([lowrank.truncate(each, rank) for each in whole])
     assert torch.allclose(smaller.delta_weight().reshape(best.shape), best, atol=1e-4)
