@@ -264,7 +264,7 @@ class Maker:
         with tqdm(total=0, desc=stage, leave=False) as bar:
             while runs := self._wanted(stage, self.rows()):
                 bar.total += len(runs)
-                truncate = stage in sweeps.TRUNCATED
+                truncate = sweeps.TRUNCATED.get(stage, ())
                 done = record_all(runs, self.runs_folder, truncate=truncate, tell=lambda row: bar.update())
                 rows = {row["name"]: row for row in (*self.rows(), *done)}
                 self.write_sweeps({"rows": list(rows.values())})
@@ -378,8 +378,7 @@ class Maker:
     def _wanted(self, stage: str, rows: list[dict]) -> list[dict]:
         """The runs that a stage of the sweeps asks for, given the rows so far, and that are not among them."""
         truncated = lambda row: (
-            stage not in sweeps.TRUNCATED
-            or row["method"] != "full"
+            row["method"] not in sweeps.TRUNCATED.get(stage, ())
             or row["test"] is None
             or "truncated" in row
         )

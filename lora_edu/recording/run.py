@@ -6,7 +6,7 @@ Which runs there are is sweeps.py's. The training loop is training.py's, the met
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
@@ -23,6 +23,7 @@ from lora_edu.data import corpus, shipped
 from lora_edu.data.runs import BATCH, RANKS, SETTINGS, name_of
 from lora_edu.lora import add_lora, lora_layers, trainable_parameters
 from lora_edu.paths import write_atomically
+from lora_edu.recording.analysis import updates
 from lora_edu.text import nearest
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, History, disjoint_windows, evaluate, fit
@@ -185,7 +186,8 @@ def distance(model: nn.Module, tokens: Tensor) -> float:
 def truncated_losses(delta: Mapping[str, Tensor], text: str) -> dict[str, float]:
     """Rank → test loss of the base plus ΔW with every matrix cut to that rank (biases and norms keep theirs).
 
-    Rank 0 has the biases and norms alone; `matrices r` has the cut matrices without them, as LoRA has it.
+    Rank 0 has the biases and norms alone; `matrices r` has the cut matrices without them, as LoRA has it: it is left
+    out where ΔW has no biases and norms.
     """
     base = shipped.load_checkpoint("base")
     factors = {name: lowrank.svd(dW) for name, dW in delta.items() if dW.dim() == 2}
@@ -194,17 +196,17 @@ def truncated_losses(delta: Mapping[str, Tensor], text: str) -> dict[str, float]
     for rank in (0, *RANKS):
         cut = {n: (U[:, :rank] * S[:rank]) @ Vh[:rank] for n, (U, S, Vh) in factors.items()}
         for label, change in ((str(rank), cut | vectors), (f"matrices {rank}", cut)):
-            if label != "matrices 0":
+            if label != "matrices 0" and (vectors or label == str(rank)):
                 state = {n: W + change[n] if n in change else W for n, W in base.items()}
                 losses[label] = round(evaluate(TinyLM.from_state_dict(state), test), 4)
     return losses
 
 
-def record(run: Mapping, folder: Path, truncate: bool = False) -> dict:
+def record(run: Mapping, folder: Path, truncate: Container[str] = ()) -> dict:
     """Do a run, or read its row if it has been done: folder/NAME.json; folder/NAME.safetensors has what it changed.
 
-    That is ΔW of full tuning, and the factors of LoRA, in half precision. With `truncate` the row of full tuning gets
-    the losses of its truncated ΔW, too.
+    That is ΔW of full tuning, and the factors of LoRA, in half precision. The row of a method that is in `truncate`
+    gets the losses of its truncated ΔW, too.
     """
     path = folder / f"{name_of(run)}.json"
     weights, checkpoint = path.with_suffix(".safetensors"), path.with_suffix(".run")
@@ -220,8 +222,12 @@ def record(run: Mapping, folder: Path, truncate: bool = False) -> dict:
             row = dict(run) | {"name": name_of(run), "test": None, "failed": str(error)}
         write_atomically(path, json.dumps(row).encode())
         checkpoint.unlink(missing_ok=True)
-    if truncate and run["method"] == "full" and "truncated" not in row:
-        delta = {name: dW.float() for name, dW in load_safetensors(weights.read_bytes()).items()}
+    if run["method"] in truncate and "truncated" not in row and row["test"] is not None:
+        changed = load_safetensors(weights.read_bytes())
+        if run["method"] == "full":
+            delta = {name: dW.float() for name, dW in changed.items()}
+        else:
+            delta = {f"{name}.weight": run["scale"] * BA for name, BA in updates(changed).items()}
         row["truncated"] = truncated_losses(delta, run["text"])
         write_atomically(path, json.dumps(row).encode())
     return row
@@ -258,7 +264,7 @@ def record_all(
     runs: Iterable[Mapping],
     folder: Path,
     processes: int = 2,
-    truncate: bool = False,
+    truncate: Container[str] = (),
     tell: Callable[[dict], None] | None = None,
 ) -> list[dict]:
     """Rows of all runs, in their order; `processes` at a time with one thread each. Stopped, it goes on from there."""

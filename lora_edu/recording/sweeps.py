@@ -201,4 +201,5 @@ STAGES: dict[str, Callable[[list[dict]], list[dict]]] = {
     "planted_lora": lambda rows: planted(),
     "short": lambda rows: short(),
 }
-TRUNCATED = ("ranks", "scarce")  # stages in which full tuning's ΔW is cut to every rank
+# Stage → the methods whose ΔW is cut to every rank in it.
+TRUNCATED = {"ranks": ("full",), "scarce": ("full",), "cuts": ("full", "lora")}

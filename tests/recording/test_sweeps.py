@@ -128,7 +128,7 @@ def test_a_killed_sweep_goes_on_from_its_checkpoint_and_done_rows_are_kept(tmp_p
 def test_full_tuning_leaves_its_update_and_truncation_at_full_rank_is_the_tuned_model(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "RANKS", (2, 100))
     run = runs.run_of(method="full", rate=3e-3, steps=2, text="manual")
-    row = runner.record(run, tmp_path, truncate=True)
+    row = runner.record(run, tmp_path, truncate=("full",))
     assert row["truncated"]["100"] == pytest.approx(row["test"], abs=2e-3)  # half precision in between
     assert set(row["truncated"]) == {"0", "2", "100", "matrices 2", "matrices 100"}
     delta = load_file(tmp_path / f"{row['name']}.safetensors")
