@@ -41,9 +41,10 @@ DIMENSIONS = {
     "blocks": (10_000, 100_000, SIZES["blocks"]),
 }
 WEIGHT_RATES = (3e-3, 6e-3, 1.2e-2)
+FURTHER = {("all", 1_000): (1.5e-3, 7.5e-4), ("blocks", 10_000): (2.4e-2,), ("blocks", 100_000): (2.4e-2,)}
 NARROW = 1.4  # seeds of full tuning move d₉₀ by about as much
-FROZEN_RATES = {8: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2), 64: (6e-3, 1.2e-2, 2.4e-2)}  # by rank
-TARGET_RATES = (6e-3, 1.2e-2, 2.4e-2)
+FROZEN_RATES = {8: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2), 64: (3e-3, 6e-3, 1.2e-2, 2.4e-2)}  # by rank
+TARGET_RATES = (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
 BUDGET = {  # some 80 000 parameters each
     "embedding": 8,
     "head": 8,
@@ -58,9 +59,9 @@ SCARCE = ("reference/10", "manual")
 def rates() -> list[dict]:
     """The learning rate of full tuning, and of LoRA at three ranks; then the embedding at the others' rate."""
     full = [run_of(method="full", rate=rate) for rate in FULL_RATES]
-    full += [run_of(method="full", rate=rate, embedding=1.0) for rate in FULL_RATES[1:3]]
+    full += [run_of(method="full", rate=rate, embedding=1.0) for rate in FULL_RATES[:3]]
     lora = [run_of(rank=rank, rate=rate) for rank, grid in LORA_RATES.items() for rate in grid]
-    lora += [run_of(rank=8, rate=rate, embedding=1.0) for rate in LORA_RATES[8][2:4]]
+    lora += [run_of(rank=8, rate=rate, embedding=1.0) for rate in LORA_RATES[8][2:5]]
     return full + lora
 
 
@@ -87,7 +88,7 @@ def subspaces() -> list[dict]:
         run
         for scope, dimensions in DIMENSIONS.items()
         for d in dimensions
-        for run in _subspace(scope, d, WEIGHT_RATES)
+        for run in _subspace(scope, d, WEIGHT_RATES + FURTHER.get((scope, d), ()))
     ]
     frozen = [
         run_of(method="frozen A", rank=r, targets=targets, rate=rate)
@@ -129,6 +130,35 @@ def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict
                     break
                 low, high = (low, middle) if known[middle]["accuracy"] >= level else (middle, high)
     return list(asked.values())
+
+
+def draws(rows: Iterable[Mapping]) -> list[dict]:
+    """Two more draws of P (and of the order of the batches) at the two ends of every interval that holds a d₉₀."""
+    rows, asked = list(rows), []
+    for scope in DIMENSIONS:
+        known = by_dimension(rows, scope)
+        for level in levels(_base_accuracy(), known[SIZES[scope]]["accuracy"]).values():
+            for d in around(known, level):
+                asked += [
+                    run | {"seed": s} for s in SEEDS[1:] for run in _subspace(scope, d, WEIGHT_RATES[1:2])
+                ]
+    return asked
+
+
+def cuts() -> list[dict]:
+    """Full tuning, and LoRA at two large ranks, whose ΔW is cut to every rank: each rank may choose its rate."""
+    full = [run_of(method="full", rate=rate, embedding=1.0) for rate in (7.5e-4, *FULL_RATES)]
+    large = [run_of(rank=64, rate=rate) for rate in LORA_RATES[64]]
+    return full + large + [run_of(rank=16, rate=0.015)]
+
+
+def spreads() -> list[dict]:
+    """LoRA with more ranks in the blocks than in the two tables, in whole runs: BUDGET's and twice it."""
+    return [
+        run_of(rank={name: times * r for name, r in BUDGET["all"].items()}, rate=rate)
+        for times in (1, 2)
+        for rate in (1.2e-2, 2.4e-2)
+    ]
 
 
 def scaling(rows: Iterable[Mapping]) -> list[dict]:
@@ -195,6 +225,9 @@ STAGES: dict[str, Callable[[list[dict]], list[dict]]] = {
     "ranks": ranks,
     "subspaces": lambda rows: subspaces(),
     "bisection": bisection,
+    "draws": draws,
+    "cuts": lambda rows: cuts(),
+    "spreads": lambda rows: spreads(),
     "scaling": scaling,
     "targets": lambda rows: targets(),
     "scarce": scarce,
