@@ -89,7 +89,7 @@ def sides(layer: nn.Module) -> tuple[int, int]:
 def attach(layer: nn.Module, name: str, module: nn.Module, before: bool = False) -> None:
     """Make `module` a part of the layer, called `name`: what the layer gives out goes through it, or with `before`
     what the layer is given."""
-    layer.add_module(name, module)
+    layer.add_module(name, module.train(layer.training))
     # Bound methods, since those of a deep copy belong to the copy.
     if before:
         module.hook = layer.register_forward_pre_hook(module.on_input)
