@@ -180,8 +180,15 @@ def from_peft(model: nn.Module, config: Mapping, tensors: Mapping[str, Tensor]) 
     """
     refuse_second(model)
     inner, vectors, unscaled, inputs = unwrap(model), {}, {}, []
-    modules = dict(inner.named_modules())
+    modules, own = dict(inner.named_modules()), dict(inner.named_parameters(remove_duplicate=False))
     for key, tensor in tensors.items():
+        plain = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if (
+            plain is not None
+            and plain.shape == tensor.shape
+            and torch.equal(plain.cpu(), tensor.to(plain.dtype))
+        ):
+            continue  # the base's own table, which PEFT stores too where it or the head has a vector
         if not key.startswith(PREFIX) or not key.endswith(KEY):
             raise AdapterError(
                 f"the file holds {printable(key)}, which is no vector of (IA)³; it isn't supported"

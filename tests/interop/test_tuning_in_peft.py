@@ -39,19 +39,9 @@ from safetensors.torch import load_file  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own: fan_in_fan_out, tied weights
 
-NAMES = ["bert", "roberta", "distilbert", "gpt2", "llama", "mistral", "qwen2", "opt", "bart", "t5"]
-WITHOUT_BIASES = {"llama", "mistral", "t5"}
-PEFTS_OWN = [
-    "bert",
-    "roberta",
-    "gpt2",
-    "llama",
-    "mistral",
-    "qwen2",
-    "opt",
-    "bart",
-    "t5",
-]  # it knows their layers
+NAMES = ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen2", "opt", "bart", "t5"]
+WITHOUT_BIASES = {"llama", "t5"}
+PEFTS_OWN = [name for name in NAMES if name != "distilbert"]  # whose layers PEFT knows
 METHODS = {
     "bitfit": (bitfit, {}, remove_bitfit),
     "houlsby": (bottleneck, {"width": 3, "norms": True}, remove_bottleneck),
@@ -76,7 +66,15 @@ def base(family: str) -> nn.Module:
 
 
 def outputs(model: nn.Module, family: str) -> Tensor:
-    return model(**FAMILIES[family].inputs()).logits
+    """Logits; of BERT, whose pooler's tanh hides small differences, what the last block gives."""
+    made = model(**FAMILIES[family].inputs(), output_hidden_states=family == "bert")
+    return made.hidden_states[-1] if family == "bert" else made.logits
+
+
+def values(model: nn.Module, family: str) -> Tensor:
+    """Outputs without gradients: torch takes another kernel for attention where a gradient is asked for (T5's bias)."""
+    with torch.no_grad():
+        return outputs(model, family)
 
 
 def randomise(model: nn.Module) -> None:
@@ -113,32 +111,32 @@ def test_every_method_on_every_family(family, kind, tmp_path):
     method, options, remove = METHODS[kind]
     model, plain = base(family), base(family)
     before = [(name, id(each), type(each)) for name, each in model.named_modules()]
-    expected = outputs(plain, family)
+    expected = values(plain, family)
     method(model, **options)
-    assert torch.equal(outputs(model, family), expected)
+    assert torch.equal(values(model, family), expected)
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
     start = {name: each.detach().clone() for name, each in model.named_parameters()}
-    optimizer = torch.optim.Adam(trainable_parameters(model), lr=0.02)
+    optimizer = torch.optim.Adam(trainable_parameters(model), lr=1e-3)
     target = torch.randn_like(expected)
     loss = lambda model, inputs, targets: (outputs(model, family) - targets).square().mean()
     batches = lambda step: (torch.zeros(1, 1), target)
     losses = fit(model, batches, optimizer, 3, loss=loss, schedule=lambda _: 1.0, progress=False).steps
     assert losses[-1]["loss"] < losses[0]["loss"]
     moved = {name for name, each in model.named_parameters() if not torch.equal(each, start[name])}
-    # What reaches no output doesn't move: a pooler's bias in a model of tokens, say; keys' biases, which softmax cancels.
+    # What changes no output doesn't move: a bias of keys, say, which the softmax cancels.
     assert moved <= trained and len(moved) >= 0.8 * len(trained)
     assert all((each.grad is not None) <= (name in trained) for name, each in model.named_parameters())
 
-    tuned = outputs(model, family)
+    tuned = values(model, family)
     save_tuned(model, tmp_path)
     again = load_tuned(base(family), tmp_path)
-    assert torch.equal(outputs(again, family), tuned) and applied(again) == applied(model)
+    assert torch.equal(values(again, family), tuned) and applied(again) == applied(model)
     assert trained_parameters(again) == trained_parameters(model)
 
     remove(model)
     assert [(name, id(each), type(each)) for name, each in model.named_modules()] == before
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
-    assert torch.equal(outputs(model, family), expected)
+    assert torch.equal(values(model, family), expected)
     for (name, mine), original in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, original) and mine.requires_grad == original.requires_grad, name
 
@@ -258,8 +256,9 @@ def layers_of_a_family(draw):
     return family, *map(some, ENDS[family])
 
 
+@pytest.mark.slow
 @given(layers_of_a_family(), st.booleans())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whichever_layers_the_file_names_exactly_these(tmp_path_factory, layers, queries):
     family, ends, starts = layers
     folder = tmp_path_factory.mktemp("layers")
@@ -274,8 +273,9 @@ def test_whichever_layers_the_file_names_exactly_these(tmp_path_factory, layers,
     assert trained_parameters(again) == trained_parameters(model)
 
 
+@pytest.mark.slow
 @given(layers_of_a_family())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whichever_layers_peft_was_given(tmp_path_factory, layers):
     family, ends, starts = layers
     folder = tmp_path_factory.mktemp("layers")
