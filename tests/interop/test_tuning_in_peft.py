@@ -67,8 +67,10 @@ def base(family: str) -> nn.Module:
 
 def outputs(model: nn.Module, family: str) -> Tensor:
     """Logits; of BERT, whose pooler's tanh hides small differences, what the last block gives."""
-    made = model(**FAMILIES[family].inputs(), output_hidden_states=family == "bert")
-    return made.hidden_states[-1] if family == "bert" else made.logits
+    if family == "bert":
+        inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        return inner.bert(**FAMILIES[family].inputs()).last_hidden_state
+    return model(**FAMILIES[family].inputs()).logits
 
 
 def values(model: nn.Module, family: str) -> Tensor:
