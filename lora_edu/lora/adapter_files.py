@@ -221,30 +221,32 @@ def find_adapter(path: Path) -> tuple[Path, dict | None]:
         if not (path / CONFIG).exists():
             lone = sorted(path.glob("*.safetensors")) if path.is_dir() else []
             if len(lone) == 1:
-                return _checked(lone[0]), None
+                return check_file(lone[0]), None
         config = read_config(path)
         if "lora_parameters" in config:  # MLX's own configuration, under the same name
-            return _file(path, MLX_WEIGHTS), check_mlx(config)
+            return find_file(path, MLX_WEIGHTS), check_mlx(config)
         check_config(config)
-        return _file(path, WEIGHTS), config
+        return find_file(path, WEIGHTS), config
     beside = path.parent / CONFIG
     config = read_config(path.parent) if beside.is_file() else None
     if config is not None:
         config = check_mlx(config) if "lora_parameters" in config else config
         check_config(config)
-    return _checked(path), config
+    return check_file(path), config
 
 
-def _checked(path: Path) -> Path:
+def check_file(path: Path) -> Path:
+    """The path, if a file is there; AdapterError if it is a folder or something else."""
     if not path.is_file():
         raise AdapterError(f"{path.name} must be a file; it is something else")
     return path
 
 
-def _file(folder: Path, name: str) -> Path:
+def find_file(folder: Path, name: str) -> Path:
+    """The file of this name in an adapter's folder; AdapterError or FileNotFoundError says what there is."""
     path = folder / name
     if path.exists():
-        return _checked(path)
+        return check_file(path)
     pickles = [each.name for each in folder.glob("adapter_model.*") if each.suffix in (".bin", ".pt", ".pth")]
     if name == WEIGHTS and pickles:
         raise AdapterError(
@@ -258,18 +260,39 @@ def _file(folder: Path, name: str) -> Path:
     )
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path, name: str = CONFIG) -> dict:
     """adapter_config.json as a dictionary, its size and form checked."""
-    path = _file(folder, CONFIG)
+    path = find_file(folder, name)
     if path.stat().st_size > LARGEST_CONFIG:
-        raise AdapterError(f"{CONFIG} must be at most {LARGEST_CONFIG} bytes; it has {path.stat().st_size}")
+        raise AdapterError(f"{name} must be at most {LARGEST_CONFIG} bytes; it has {path.stat().st_size}")
     try:
         config = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{CONFIG} is no JSON text: {error}") from None
+        raise AdapterError(f"{name} is no JSON text: {error}") from None
     if not isinstance(config, dict):
-        raise AdapterError(f"{CONFIG} must hold an object; it holds a {type(config).__name__}")
+        raise AdapterError(f"{name} must hold an object; it holds a {type(config).__name__}")
     return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file: finite numbers in one of DTYPES, or AdapterError with the reason."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            formats = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            for key, kind in formats.items():
+                if kind not in DTYPES:
+                    raise AdapterError(f"{printable(key)} must be in {', '.join(DTYPES)}; got {kind}")
+            read = {key: file.get_tensor(key).clone() for key in formats}
+    except AdapterError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{path.name} is damaged or truncated: {printable(str(error))}") from None
+    for key, tensor in read.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{printable(key)} has entries that are infinite or NaN: the file is damaged or training diverged"
+            )
+    return read
 
 
 def check_config(config: dict) -> None:

@@ -78,6 +78,8 @@ def add_lora(
 def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> nn.Module:
     """Put `build(name, layer)` in each named layer's place, everywhere it is used; all of them or none."""
     model = unwrap(model)
+    if (other := vars(model).get("tuning_method")) is not None:  # lora_edu.tuning's mark
+        raise ValueError(f"the model has {other.name} already; remove_{other.name}(model) takes it off")
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         _refuse(model, name, layer, tied)

@@ -11,7 +11,7 @@ import re
 import secrets
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,9 +80,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str | No
     ]
     if others:
         warnings.warn(f"not saved, as they are not LoRA: {', '.join(others[:6])}", stacklevel=2)
-    config = _config(layers, _target_modules(model, set(layers)), base_model_name)
+    ends = {name.rpartition(".")[2] for name in layers}
+    config = _config(layers, target_modules(model, set(layers), [ends, set(layers)]), base_model_name)
     config["fan_in_fan_out"] = any(getattr(each, "transposed", False) for each in layers.values())
-    return _put(folder, tensors, config | beside.settings)
+    return put_files(folder, tensors, config | beside.settings)
 
 
 def write_adapter(
@@ -135,7 +136,7 @@ def write_adapter(
         held[key] = tensor.detach().cpu().contiguous()
     config |= {"modules_to_save": sorted(whole) or None, "bias": "all" if biases else "none"}
     held |= {key: tensor.detach().cpu().contiguous() for key, tensor in (tensors or {}).items()}
-    return _put(folder, held, config | dict(settings or {}))
+    return put_files(folder, held, config | dict(settings or {}))
 
 
 def _tensors(name: str, lora_A: Tensor, lora_B: Tensor, embedding: bool) -> dict[str, Tensor]:
@@ -148,26 +149,32 @@ def _tensors(name: str, lora_A: Tensor, lora_B: Tensor, embedding: bool) -> dict
     return held
 
 
-def _put(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Path:
+def put_files(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, object],
+    weights_name: str = WEIGHTS,
+    config_name: str = CONFIG,
+) -> Path:
     """Both files beside the old ones, then in their place; after a failure the old ones are back."""
     folder.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    new = {name: folder / f".{mark}.new.{name}" for name in (WEIGHTS, CONFIG)}
-    old = {name: folder / f".{mark}.old.{name}" for name in (WEIGHTS, CONFIG)}
+    mark, names = secrets.token_hex(4), (weights_name, config_name)
+    new = {name: folder / f".{mark}.new.{name}" for name in names}
+    old = {name: folder / f".{mark}.old.{name}" for name in names}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     try:
-        new[CONFIG].write_text(text + "\n", encoding="utf-8")
-        save_file(dict(tensors), new[WEIGHTS], metadata={"format": "pt"})
+        new[config_name].write_text(text + "\n", encoding="utf-8")
+        save_file(dict(tensors), new[weights_name], metadata={"format": "pt"})
         for path in new.values():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        for name in (CONFIG, WEIGHTS):
+        for name in reversed(names):
             if (folder / name).exists():
                 os.replace(folder / name, old[name])
-        for name in (WEIGHTS, CONFIG):
+        for name in names:
             os.replace(new[name], folder / name)
     except BaseException:
-        for name in (WEIGHTS, CONFIG):
+        for name in names:
             if old[name].exists():
                 os.replace(old[name], folder / name)
         raise
@@ -232,10 +239,10 @@ def ranks_and_alphas(
     }
 
 
-def _target_modules(model: nn.Module, names: set[str]) -> list[str] | str:
-    """Ends of names if they say exactly these layers, else full names, else a pattern."""
+def target_modules(model: nn.Module, names: set[str], candidates: Iterable[set[str]]) -> list[str] | str:
+    """The first of the candidates, sets of ends of names, that says exactly the layers `names`; else a pattern."""
     everything = [name for name, _ in model.named_modules()]
-    for targets in ({name.rpartition(".")[2] for name in names}, names):
+    for targets in candidates:
         if {name for name in everything if _ends_with(name, targets)} == names:
             return sorted(targets)
     return f"^(?:{'|'.join(re.escape(name) for name in sorted(names))})$"

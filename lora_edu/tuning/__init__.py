@@ -3,15 +3,33 @@
 Not for training itself: `lora_edu.training.fit` trains whatever these leave trainable.
 """
 
+from .applied import applied
+from .bitfit import bitfit, remove_bitfit
+from .bottleneck import Bottleneck, bottleneck, remove_bottleneck
+from .files import load_tuned, save_tuned, stored_parameters, trained_parameters
 from .frozen_A import frozen_A
+from .ia3 import fold_ia3, ia3, remove_ia3
 from .subspace import Subspace, adjoint, project, remove_subspace, sparse_projection, subspace
 
 __all__ = [
+    "Bottleneck",
     "Subspace",
     "adjoint",
+    "applied",
+    "bitfit",
+    "bottleneck",
+    "fold_ia3",
     "frozen_A",
+    "ia3",
+    "load_tuned",
     "project",
+    "remove_bitfit",
+    "remove_bottleneck",
+    "remove_ia3",
     "remove_subspace",
+    "save_tuned",
     "sparse_projection",
+    "stored_parameters",
     "subspace",
+    "trained_parameters",
 ]
