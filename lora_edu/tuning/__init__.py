@@ -4,13 +4,24 @@ Not for training itself: `lora_edu.training.fit` trains whatever these leave tra
 """
 
 from .frozen_A import frozen_A
+from .p_tuning import fold_p_tuning, p_tuning, remove_p_tuning
+from .prefix_tuning import fold_prefix_tuning, prefix_tuning, remove_prefix_tuning
+from .prompt_tuning import prompt_tuning, remove_prompt_tuning
 from .subspace import Subspace, adjoint, project, remove_subspace, sparse_projection, subspace
 
 __all__ = [
     "Subspace",
     "adjoint",
+    "fold_p_tuning",
+    "fold_prefix_tuning",
     "frozen_A",
+    "p_tuning",
+    "prefix_tuning",
     "project",
+    "prompt_tuning",
+    "remove_p_tuning",
+    "remove_prefix_tuning",
+    "remove_prompt_tuning",
     "remove_subspace",
     "sparse_projection",
     "subspace",
