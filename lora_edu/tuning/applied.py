@@ -93,7 +93,8 @@ def trained_in_place(model: nn.Module) -> dict[str, nn.Parameter]:
 def take_off(model: nn.Module, name: str, keep: bool = False) -> nn.Module:
     """Undo the method `name` and give every parameter its requires_grad back; returns the model.
 
-    What was trained where it stands gets its old value back, unless `keep`. Raises ValueError where another method or none is on the model.
+    What was trained where it stands gets its old value back, unless `keep`. Raises ValueError where another method or
+    none is on the model.
     """
     record = _record(model, name)
     inner = unwrap(model)

@@ -66,9 +66,9 @@ def prefix_tuning(
     Every token of the text attends to [P_K; K] and [P_V; V]. Everything else is frozen: 2 · L · tokens · d numbers are
     trained and stored, d being the width of a layer's keys (of all heads; with grouped-query attention less than the
     model's). The prefix is used as a cache would hold it: in a model with rotary positions the keys are not turned, and
-    the text's positions are shifted by `tokens` in every model, as for real tokens there. So a prefix of real tokens'
-    keys and values gives exactly what the model gives for those tokens and the text. It takes its share of the
-    context. The model is called as before and returns logits (batch, time, vocabulary).
+    the text's positions are shifted by `tokens` in every model, as for real tokens there. So in a causal model a prefix
+    of real tokens' keys and values gives exactly what the model gives for those tokens and the text. It takes its
+    share of the context. The model is called as before and returns logits (batch, time, vocabulary).
 
     reparametrise: a hidden width h (True: d) trains P' (tokens, d) and an MLP d → h → 2·L·d with tanh between, and
     [P_K, P_V] is what comes out (§4.3); `fold_prefix_tuning` puts that in the MLP's place afterwards. The paper found
@@ -104,7 +104,8 @@ def prefix_tuning(
             prefix = Prefix(torch.randn(tokens, 2 * layers * width))
         else:
             prefix = Prefix(keys_and_values(inner, init))
-    _put_in(model, prefix, {"tokens": tokens, "reparametrise": hidden or False, "init": init, "seed": seed})
+    options = {"tokens": tokens, "reparametrise": hidden or False, "init": init, "seed": seed}
+    _put_in(model, prefix, options, layers, heads)
     return model
 
 
@@ -122,11 +123,12 @@ def fold_prefix_tuning(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     if isinstance(inner.prefix_tuning, Prefix):
         raise ValueError("this prefix has no MLP to fold: it was not reparametrised, or is folded already")
+    layers, heads = inner.prefix_tuning.layers, inner.prefix_tuning.heads
     undo(inner)
     options = {"tokens": len(values), "reparametrise": False}
     setattr(inner, HELD_BY, vars(inner)[HELD_BY]._replace(options=options))
     inner.prefix_tuning = Prefix(values)
-    connect_prefix(inner, inner.prefix_tuning, len(values))
+    connect_prefix(inner, inner.prefix_tuning, len(values), layers, heads)
     return model
 
 
@@ -135,11 +137,11 @@ def undo(model: nn.Module) -> None:
     del model.prefix_tuning
 
 
-def _put_in(model: nn.Module, prefix: nn.Module, options: dict) -> None:
+def _put_in(model: nn.Module, prefix: nn.Module, options: dict, layers: int, heads: int) -> None:
     mark(model, NAME, options, undo)
     inner = unwrap(model)
     inner.prefix_tuning = to_place(prefix, place(inner))
-    connect_prefix(inner, inner.prefix_tuning, options["tokens"])
+    connect_prefix(inner, inner.prefix_tuning, options["tokens"], layers, heads)
 
 
 def _hidden(reparametrise: bool | int, width: int) -> int:
@@ -161,7 +163,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     """What is stored: keys and values (tokens, 2 · layers · d) in PEFT's order, without the MLP."""
     if applied(model) != NAME:
         raise ValueError(f"the model has {applied(model) or 'nothing'} on it, not prefix_tuning")
-    return {"prompt_embeddings": unwrap(model).prefix_tuning().detach()}
+    return {"prompt_embeddings": unwrap(model).prefix_tuning().detach().clone()}
 
 
 def load(model: nn.Module, options: Mapping[str, object], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -175,10 +177,11 @@ def to_peft(model: nn.Module) -> tuple[dict, dict[str, Tensor]] | None:
     inner = unwrap(model)
     if not hasattr(inner, "config"):
         return None
-    _, heads, each = shape_of_prefix(inner)
-    config = peft_config(inner, "PREFIX_TUNING", len(tensors["prompt_embeddings"]), heads * each, heads)
-    hidden = options.get("reparametrise")
-    config |= {"prefix_projection": bool(hidden), "encoder_hidden_size": hidden or heads * each}
+    tokens, numbers = tensors["prompt_embeddings"].shape
+    width = numbers // (2 * inner.prefix_tuning.layers)
+    config = peft_config(inner, "PREFIX_TUNING", tokens, width, inner.prefix_tuning.heads)
+    hidden = options["reparametrise"]
+    config |= {"prefix_projection": bool(hidden), "encoder_hidden_size": hidden or width}
     return config | {"init_weights": None}, tensors
 
 
@@ -190,10 +193,10 @@ def from_peft(model: nn.Module, config: Mapping[str, object], tensors: Mapping[s
     layers, heads, each = shape_of_prefix(inner)
     values = plain_embeddings(tensors, 2 * layers * heads * each, "a prefix", config)
     for name, mine in (("num_layers", layers), ("num_attention_heads", heads), ("token_dim", heads * each)):
-        if config.get(name, mine) != mine:
+        if config.get(name) not in (None, mine):
             raise AdapterError(
                 f"{name} is {printable(repr(config[name]))} in the file and {mine} in the model"
             )
     check_tokens(len(values), where)
-    _put_in(model, Prefix(values.clone()), {"tokens": len(values), "reparametrise": False})
+    _put_in(model, Prefix(values.clone()), {"tokens": len(values), "reparametrise": False}, layers, heads)
     return model

@@ -118,7 +118,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     """What is stored: the embeddings (tokens, width)."""
     if applied(model) != NAME:
         raise ValueError(f"the model has {applied(model) or 'nothing'} on it, not prompt_tuning")
-    return {"prompt_embeddings": unwrap(model).prompt_tuning().detach()}
+    return {"prompt_embeddings": unwrap(model).prompt_tuning().detach().clone()}
 
 
 def load(model: nn.Module, options: Mapping[str, object], tensors: Mapping[str, Tensor]) -> nn.Module:

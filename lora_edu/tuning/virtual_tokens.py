@@ -203,31 +203,38 @@ def _hidden_of(output) -> Tensor:
 
 
 def shape_of_prefix(model: nn.Module) -> tuple[int, int, int]:
-    """(layers, heads, numbers a head) of the keys that this model attends to."""
+    """(layers, heads, numbers a head) of the keys that this model attends to, asked of the model itself.
+
+    TypeError where it keeps none, or layers differ: one tensor of a file then can't hold a prefix for all of them.
+    """
     if isinstance(model, TinyLM):
         attention = model.blocks[0].attention
         return len(model.blocks), attention.heads, attention.key.out_features // attention.heads
-    where = place(model)
-    config = where.backbone.config
-    if _cache_name(where.backbone) is None or _cache_class(where.backbone) is None:
+    backbone = place(model).backbone
+    if _cache_name(backbone) is None or _cache_class(backbone) is None:
         raise TypeError(
-            f"{type(where.backbone).__name__} takes no cache of keys and values, so it can't have a prefix; "
-            "prompt_tuning works without"
+            f"{type(backbone).__name__} takes no cache of keys and values, so it can't have a prefix; prompt_tuning "
+            "works without"
         )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, heads, each
+    kept = _kept(model, [0])
+    shapes = {tuple(each.shape[1::2]) for pair in kept for each in pair}
+    layers = backbone.config.num_hidden_layers
+    if len(shapes) != 1 or len(kept) != layers:
+        raise TypeError(
+            f"a prefix needs keys and values of one shape in every layer; {type(backbone).__name__} keeps them in "
+            f"{len(kept)} of {layers} layers, in {len(shapes)} shapes. prompt_tuning works without"
+        )
+    return layers, *shapes.pop()
 
 
-def connect_prefix(model: nn.Module, source: nn.Module, tokens: int) -> None:
+def connect_prefix(model: nn.Module, source: nn.Module, tokens: int, layers: int, heads: int) -> None:
     """Let every layer attend to `tokens` keys and values before its own: source() (tokens, 2 · layers · width).
 
     The text's positions are shifted by `tokens`. The keys are used as they are, after the rotary turn where a model has
     one: what a cache would hold. `disconnect` takes it out.
     """
     where = place(model)
-    source.tokens, source.context = tokens, where.context
-    source.layers, source.heads, _ = shape_of_prefix(model)
+    source.tokens, source.context, source.layers, source.heads = tokens, where.context, layers, heads
     if isinstance(model, TinyLM):
         model.hidden = functools.partial(_hidden_after_prefix, source, model)
         model.context -= tokens
@@ -243,16 +250,23 @@ def by_layer(values: Tensor, layers: int, heads: int) -> list[tuple[Tensor, Tens
     return list(zip(stacked[0::2], stacked[1::2], strict=True))
 
 
-@torch.no_grad()
 def keys_and_values(model: nn.Module, ids: list[int]) -> Tensor:
     """What the layers keep of these tokens: (len(ids), 2 · layers · width), the prefix that stands for them."""
+    stacked = torch.stack([each[0] for pair in _kept(model, ids) for each in pair])
+    return stacked.permute(2, 0, 1, 3).reshape(len(ids), -1)  # from (2 · layers, heads, tokens, numbers)
+
+
+@torch.no_grad()
+def _kept(model: nn.Module, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """(key, value) of each layer for these tokens, each (1, heads, tokens, numbers a head)."""
     tokens = torch.tensor([ids], device=place(model).embedding.weight.device)
-    was_training = model.training
+    training = [each for each in model.modules() if each.training]
     model.eval()
-    kept = _kept_by_tinylm(model, tokens) if isinstance(model, TinyLM) else _kept_in_cache(model, tokens)
-    model.train(was_training)
-    stacked = torch.stack([each[0] for pair in kept for each in pair])  # (2 · layers, heads, tokens, numbers)
-    return stacked.permute(2, 0, 1, 3).reshape(len(ids), -1)
+    try:
+        return _kept_by_tinylm(model, tokens) if isinstance(model, TinyLM) else _kept_in_cache(model, tokens)
+    finally:
+        for each in training:
+            each.training = True
 
 
 def _kept_by_tinylm(model: TinyLM, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -410,15 +424,18 @@ def plain_embeddings(
     others = sorted(set(tensors) - {"prompt_embeddings"})
     if others or "prompt_embeddings" not in tensors:
         found = printable(", ".join(others[:4])) or "nothing"
-        raise AdapterError(f"{what} is one tensor, prompt_embeddings; the file holds {found}")
+        raise AdapterError(
+            f"{what} is one tensor, prompt_embeddings, and a head trained beside it is not supported; the file holds "
+            f"{found}{' too' if 'prompt_embeddings' in tensors else ''}"
+        )
     values = tensors["prompt_embeddings"]
     if values.dim() != 2 or not len(values) or values.shape[1] != width:
         shape = " × ".join(map(str, values.shape)) or "a single number"
         raise AdapterError(f"{what} of this model is tokens × {width}; the file holds {shape}")
     if not values.is_floating_point():
         raise AdapterError(f"{what} must be floating-point numbers; the file holds {values.dtype}")
-    said = (config or {}).get("num_virtual_tokens", len(values))
-    if said != len(values):
+    said = (config or {}).get("num_virtual_tokens")
+    if said not in (None, len(values)):
         raise AdapterError(
             f"the configuration says num_virtual_tokens {printable(repr(said))}, the file holds {len(values)}"
         )
