@@ -240,7 +240,10 @@ def connect_prefix(model: nn.Module, source: nn.Module, tokens: int, layers: int
         model.context -= tokens
         return
     fill = functools.partial(_fill, source)
-    source.hooks = [where.backbone.register_forward_pre_hook(fill, with_kwargs=True)]
+    source.hooks = [
+        where.backbone.register_forward_pre_hook(fill, with_kwargs=True),
+        where.backbone.register_forward_hook(functools.partial(_keep_to_itself, source)),
+    ]
 
 
 def by_layer(values: Tensor, layers: int, heads: int) -> list[tuple[Tensor, Tensor]]:
@@ -343,6 +346,9 @@ def _fill(source: nn.Module, backbone: nn.Module, args: tuple, kwargs: dict):
     past = _length(cache)
     text = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     _refuse_too_long(source, past - source.tokens + text.shape[1] if past else text.shape[1])
+    wanted = kwargs.get("use_cache")
+    wanted = getattr(backbone.config, "use_cache", False) if wanted is None else wanted
+    source.unasked = cache is None and not wanted  # for _keep_to_itself
     if not past:
         cache = _cache_class(backbone)() if cache is None else cache
         values = source().to(next(backbone.parameters()).dtype)
@@ -351,6 +357,19 @@ def _fill(source: nn.Module, backbone: nn.Module, args: tuple, kwargs: dict):
         kwargs.pop("past_key_values", None)
         kwargs[_cache_name(backbone)] = cache
     return (), _shifted(kwargs, source.tokens, 0)
+
+
+def _keep_to_itself(source: nn.Module, backbone: nn.Module, args: tuple, output):
+    """After a backbone's forward: no cache in what it returns where none was asked for and only the prefix needed one.
+
+    Some return whatever cache they were given; `generate` would then take it for one that it has to go on with.
+    """
+    if not source.unasked:
+        return output
+    kept = lambda value: not isinstance(value, _cache_class(backbone))
+    if isinstance(output, Mapping):
+        return type(output)(**{name: value for name, value in output.items() if kept(value)})
+    return tuple(filter(kept, output)) if isinstance(output, tuple) else output
 
 
 # What both need
