@@ -485,14 +485,11 @@ def peft_config(model: nn.Module, kind: str, tokens: int, width: int, heads: int
 
 
 def _task(model: nn.Module) -> str:
-    """PEFT's name of what the model is for: it decides by it how virtual tokens are put in."""
-    tasks = {
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-    }
-    name = type(model).__name__
-    for end, task in tasks.items():
-        if name.endswith(end):
-            return task
-    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else "FEATURE_EXTRACTION"
+    """PEFT's name of what the model is for: it decides by it how virtual tokens are put in.
+
+    Not SEQ_CLS and its like, for which PEFT trains the head too and expects it in the file: to PEFT's model for
+    features any head will do.
+    """
+    return (
+        "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else "FEATURE_EXTRACTION"
+    )

@@ -1,6 +1,7 @@
 """Prompts and prefixes give what PEFT gives: outputs, gradients, generated text, and files both ways."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -36,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:`past_key_values` is deprecated:FutureWarning"
     ),  # what PEFT still says
-    pytest.mark.filterwarnings("ignore:Position ids are not supported"),
+    pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"),
 ]
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 POSITIONS = 32
@@ -115,13 +116,18 @@ every_decoder = pytest.mark.parametrize("make", DECODERS)
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
-def built(make, dtype=torch.float64):
+@functools.cache
+def base_of(make):
     torch.manual_seed(0)
-    return make().to(dtype).eval()
+    return make().double().eval()
+
+
+def built(make):
+    return copy.deepcopy(base_of(make))
 
 
 def task(make):
-    return {bert: "FEATURE_EXTRACTION", bert_that_classifies: "SEQ_CLS"}.get(make, "CAUSAL_LM")
+    return "CAUSAL_LM" if make in DECODERS else "FEATURE_EXTRACTION"
 
 
 def ours(make, way, tokens=4, **more):
@@ -129,12 +135,11 @@ def ours(make, way, tokens=4, **more):
     return method(built(make), tokens, **options | more).eval()
 
 
-def theirs(make, way, tokens=4, model=None):
+def theirs(make, way, tokens=4, model=None, kind=None):
     """PEFT's model, with the trained numbers of ours where it is given."""
     _, _, config, options = WAYS[way]
-    wrapped = peft.get_peft_model(
-        built(make), config(task_type=task(make), num_virtual_tokens=tokens, **options)
-    )
+    kind = kind or task(make)
+    wrapped = peft.get_peft_model(built(make), config(task_type=kind, num_virtual_tokens=tokens, **options))
     wrapped = wrapped.double().eval()
     if model is not None:
         for mine, other in pairs(model, wrapped):
@@ -186,8 +191,6 @@ def test_families_look_somewhere_in_particular():
 @every_family
 @pytest.mark.parametrize("mask", [None, LEFT, RIGHT], ids=["no mask", "left", "right"])
 def test_outputs_and_gradients_are_pefts(make, way, mask):
-    if make is bert_that_classifies and "pref" in WAYS[way][0].__name__:
-        pytest.skip("PEFT finds no cache in the forward of BertModel (`cache` since transformers 5.20)")
     model = ours(make, way)
     wrapped = theirs(make, way, model=model)
     mine, other = first(model(IDS, attention_mask=mask)), own(wrapped(IDS, attention_mask=mask))
@@ -208,7 +211,7 @@ def test_outputs_and_gradients_are_pefts(make, way, mask):
 @every_way
 @every_decoder
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 20))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_lengths_do_not_matter(make, way, tokens, batch, time):
     model = ours(make, way, tokens)
     ids = torch.arange(batch * time).reshape(batch, time) * 11 % 40
@@ -219,17 +222,18 @@ def test_lengths_do_not_matter(make, way, tokens, batch, time):
 @every_way
 @every_decoder
 def test_generated_text_is_pefts_with_and_without_a_cache(make, way):
+    """PEFT's own words one at a time: its `generate` doesn't know that transformers calls the cache `cache` by now."""
     model = ours(make, way)
     wrapped = theirs(make, way, model=model)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 39, "eos_token_id": None}
     mine = model.generate(IDS, **options)
     assert torch.equal(mine, model.generate(IDS, use_cache=False, **options))
-    step_by_step = IDS
-    for _ in range(5):
-        following = model(step_by_step).logits[:, -1].argmax(-1, keepdim=True)
-        step_by_step = torch.cat([step_by_step, following], dim=1)
-    assert torch.equal(mine, step_by_step)
-    assert torch.equal(mine, wrapped.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options))
+    for each in (model, wrapped):
+        step_by_step = IDS
+        for _ in range(5):
+            following = each(step_by_step).logits[:, -1].argmax(-1, keepdim=True)
+            step_by_step = torch.cat([step_by_step, following], dim=1)
+        assert torch.equal(mine, step_by_step)
     assert not torch.equal(mine, built(make).generate(IDS, **options))
 
 
@@ -313,13 +317,15 @@ def test_a_cache_goes_on_where_it_stood(make, way):
     assert far(torch.cat([half.logits, rest], dim=1), whole) < 1e-12
 
 
-def test_token_types_of_virtual_tokens_are_the_first_kind():
-    model = ours(bert, "prompt")
+@pytest.mark.parametrize("way", ["prompt", "mlp", "lstm"])
+def test_a_head_for_sequences_reads_what_it_reads_in_peft(way):
+    """The pooler's first token is a virtual one; the virtual tokens' type is the first."""
     kinds = torch.tensor([[0] * 4 + [1] * 4] * 2)
-    wrapped = theirs(bert_that_classifies, "prompt", model=ours(bert_that_classifies, "prompt"))
-    mine = ours(bert_that_classifies, "prompt")
-    assert far(mine(IDS, token_type_ids=kinds).logits, wrapped(IDS, token_type_ids=kinds).logits) < 1e-12
-    assert far(first(model(IDS, token_type_ids=kinds)), first(model(IDS))) > 1e-2
+    model = ours(bert_that_classifies, way)
+    wrapped = theirs(bert_that_classifies, way, model=model, kind="SEQ_CLS")
+    mine = model(IDS, token_type_ids=kinds).logits
+    assert far(mine, wrapped(IDS, token_type_ids=kinds).logits) < 1e-12
+    assert far(mine, model(IDS).logits) > 1e-2
 
 
 # In and out
@@ -387,8 +393,12 @@ def written(folder, config, tensors):
 def test_peft_opens_what_is_stored(make, way, tmp_path):
     model = ours(make, way)
     config, tensors = TO_PEFT[WAYS[way][0]](model)
+    tensors = {
+        name: each.float() for name, each in tensors.items()
+    }  # PEFT opens in float32 whatever is stored
     wrapped = peft.PeftModel.from_pretrained(built(make), written(tmp_path / "ours", config, tensors))
-    assert far(first(model(IDS)), own(wrapped.double().eval()(IDS))) < 1e-12
+    opened, mine = own(wrapped.double().eval()(IDS)), FROM_PEFT[WAYS[way][0]](built(make), config, tensors)
+    assert far(first(mine(IDS)), opened) < 1e-12 and far(first(model(IDS)), opened) < 1e-6
     assert set(config) <= set(wrapped.peft_config["default"].to_dict()), "no key that PEFT doesn't have"
 
 
@@ -407,7 +417,7 @@ def test_what_peft_stores_opens_here(make, way, tmp_path):
 
 
 def test_a_head_trained_beside_a_prompt_is_named(tmp_path):
-    theirs(bert_that_classifies, "prompt").save_pretrained(tmp_path)
+    theirs(bert_that_classifies, "prompt", kind="SEQ_CLS").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) > 1, "PEFT stores the classifier too"
