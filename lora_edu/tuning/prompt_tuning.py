@@ -55,7 +55,7 @@ def prompt_tuning(
     prompt share the context. In a model that looks both ways, virtual tokens see the text; BERT's pooler reads the
     first virtual token, as in PEFT.
 
-    init (§2.2, §3.2): "vocabulary", embeddings of different tokens drawn among the first `common` of the table (the
+    init (§2.1, §3.2): "vocabulary", embeddings of different tokens drawn among the first `common` of the table (the
     paper's 5 000; these are the most frequent ones where a tokenizer orders by frequency, as SentencePiece and BPE do;
     in a table that begins with unused tokens, as BERT's, take them all); "random", uniform in [−0.5, 0.5]; or token
     ids, cut or repeated to `tokens` as in PEFT. Lester et al. (2021), arXiv 2104.08691.

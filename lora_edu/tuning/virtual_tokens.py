@@ -467,13 +467,12 @@ def plain_embeddings(
 
 
 def peft_config(model: nn.Module, kind: str, tokens: int, width: int, heads: int) -> dict:
-    """What PEFT's configuration of a prompt or a prefix says, whichever it is."""
+    """What PEFT's configuration of a prompt or a prefix says, whichever it is; the base's name is the writer's."""
     backbone = place(model).backbone
     return {
         "peft_type": kind,
         "task_type": _task(model),
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "revision": None,
         "inference_mode": True,
         "num_virtual_tokens": tokens,
