@@ -61,8 +61,8 @@ def p_tuning(
 ) -> nn.Module:
     """Train virtual tokens' embeddings P = f(E) before the text, with E (tokens, d) and f; returns the model, changed.
 
-    encoder "lstm" is the paper's (§3.2 of its first version): a bidirectional LSTM of `layers` layers, then an MLP of two
-    layers with ReLU between. "mlp", the one that PEFT recommends, is an MLP of three layers and treats every token
+    encoder "lstm" is the paper's (§3.2 of its first version): a bidirectional LSTM of `layers` layers, then an MLP of
+    two layers with ReLU between. "mlp", the one that PEFT recommends, is an MLP of three layers and treats every token
     alone. hidden h is the width d unless given; `dropout` acts between the layers of the LSTM.
 
     Trained are, with k tokens, k·d + 2dh + h² + 2h + d numbers ("mlp"), or k·d + the LSTM's + 4h² + 2h + 2hd + d

@@ -72,9 +72,9 @@ def prefix_tuning(
 
     reparametrise: a hidden width h (True: d) trains P' (tokens, d) and an MLP d → h → 2·L·d with tanh between, and
     [P_K, P_V] is what comes out (§4.3); `fold_prefix_tuning` puts that in the MLP's place afterwards. The paper found
-    training without it unstable. P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602) is the same method for
-    every task, with the MLP as a choice. init: "random", normal with deviation 1 as in PEFT; or token ids, cut or repeated to `tokens`,
-    for the keys and values of these words (§7.4, without reparametrise).
+    training without it unstable. P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602) is the same method, the MLP a choice.
+    init: "random", normal with deviation 1 as in PEFT; or token ids, cut or repeated to `tokens`, for the keys and
+    values of these words (§7.4, without reparametrise).
 
     Li & Liang (2021), arXiv 2101.00190. Works on TinyLM and models of transformers that take a cache; `generate` too. A
     cache that is not empty is taken to begin with the prefix. Raises ValueError or TypeError that names what doesn't

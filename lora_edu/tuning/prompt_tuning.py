@@ -57,7 +57,7 @@ def prompt_tuning(
 
     init (§2.1, §3.2): "vocabulary", embeddings of different tokens drawn among the first `common` of the table (the
     paper's 5 000; these are the most frequent ones where a tokenizer orders by frequency, as SentencePiece and BPE do;
-    in a table that begins with unused tokens, as BERT's, take them all); "random", uniform in [−0.5, 0.5]; or token
+    a table that begins with unused tokens, as BERT's, wants more); "random", uniform in [−0.5, 0.5]; or token
     ids, cut or repeated to `tokens` as in PEFT. Lester et al. (2021), arXiv 2104.08691.
 
     Works on TinyLM and on models of transformers with an encoder or a decoder; `generate` too. A cache that is not
