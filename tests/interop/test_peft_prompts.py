@@ -208,6 +208,7 @@ def test_outputs_and_gradients_are_pefts(make, way, mask):
     }
 
 
+@pytest.mark.slow
 @every_way
 @every_decoder
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 20))
@@ -219,6 +220,7 @@ def test_lengths_do_not_matter(make, way, tokens, batch, time):
     assert far(model(ids)[0], other) < 1e-12
 
 
+@pytest.mark.slow
 @every_way
 @every_decoder
 def test_generated_text_is_pefts_with_and_without_a_cache(make, way):
@@ -237,6 +239,7 @@ def test_generated_text_is_pefts_with_and_without_a_cache(make, way):
     assert not torch.equal(mine, built(make).generate(IDS, **options))
 
 
+@pytest.mark.slow
 @every_way
 @every_decoder
 def test_padding_at_the_left_changes_no_generated_word(make, way):
@@ -472,6 +475,7 @@ def test_text_that_no_longer_fits_is_refused_with_the_way_out(make, way):
         model(TOKENS[None, :29])
 
 
+@pytest.mark.slow
 @every_way
 @every_decoder
 def test_generation_ends_with_the_positions(make, way):
