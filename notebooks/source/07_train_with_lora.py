@@ -315,7 +315,9 @@ assert all(cut_of_best <= best < trained for cut_of_best, best, trained in three
 assert three[1][2] - three[1][1] > 0.15 and 0.05 < three[8][2] - three[8][1] < 0.2
 assert three[1][1] - three[1][0] > 0.1 and all(k >= 4 * r for r, k in as_good.items() if r < 8)
 for r in three:  # LoRA's best rate has three seeds
-    own = [row["after"] for row in load_regimes(task="far", method="lora", rank=r) if row["after"] is not None]
+    own = [
+        row["after"] for row in load_regimes(task="far", method="lora", rank=r) if row["after"] is not None
+    ]
     seeds = [row["after"] for row in load_regimes(task="far", method="lora", rank=r) if row["seed"] > 0]
     assert len(seeds) == 2 and max(seeds) - min(own) < 0.04
 
