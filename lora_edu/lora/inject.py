@@ -80,7 +80,7 @@ def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> 
     model = unwrap(model)
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
-        _refuse(model, name, layer, tied)
+        refuse_at(model, name, layer, tied)
     trainable = [name for name, each in _all_parameters(model) if each.requires_grad]
     try:
         built = {}
@@ -287,7 +287,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _refuse(model: nn.Module, name: str, layer: nn.Module, tied: str) -> None:
+def refuse_at(model: nn.Module, name: str, layer: nn.Module, tied: str) -> None:
+    """Raise TypeError or ValueError, with the reason, unless LoRA can be added to this layer where it stands."""
     try:
         refuse_layer(layer)
     except TypeError as error:

@@ -378,9 +378,7 @@ class Maker:
     def _wanted(self, stage: str, rows: list[dict]) -> list[dict]:
         """The runs that a stage of the sweeps asks for, given the rows so far, and that are not among them."""
         truncated = lambda row: (
-            row["method"] not in sweeps.TRUNCATED.get(stage, ())
-            or row["test"] is None
-            or "truncated" in row
+            row["method"] not in sweeps.TRUNCATED.get(stage, ()) or row["test"] is None or "truncated" in row
         )
         done = {row["name"] for row in rows if truncated(row)}
         return [run for run in self._asked(stage, rows) if name_of(run) not in done]
