@@ -1,8 +1,8 @@
 """1, 8 and 64 adapters on one base, a batch of 64 rows: one mixed batch, switching, merged copies, and PEFT.
 
-    python benchmarks/serving.py [--repeats 3] [--layers 4]
+    python benchmarks/serving.py [--repeats 3] [--layers 2] [--models TinyLM Llama]
 
-Two bases: TinyLM with its trained weights, and a Llama of random weights (width 576, 4 layers, 19 million parameters).
+Two bases: TinyLM with its trained weights, and a Llama of random weights (width 576, 2 layers, 12 million parameters).
 Each gets adapters of rank 8 and random factors on every linear layer and embedding, through PEFT's folders. Row i of
 the batch uses adapter i mod n. The ways:
 
@@ -13,13 +13,14 @@ the batch uses adapter i mod n. The ways:
   the caches, so that a copy's weights are read from memory each time, as with 64;
 - PEFT: `adapter_names=` with a name for each row, one forward pass.
 
-Times are of a forward pass with 1 token a row (a step of generation, without its attention over the past) and with 8.
+Times are of a forward pass with 1 token a row (a step of generation, without its attention over the past) and with 4.
 The ways take turns in an order that rotates, medians count. They are seconds of processor time on one thread, which
 other programs beside it lengthen far less than seconds on the clock. Memory is measured in a process of its own for the
 pool (mixed and switching are the same pool) and for the copies: what is private to it at its peak, up to and with 1, 8
 and 64 adapters, over what the base alone took with the same batch of one token a row. Where there is not enough free
 memory for the copies, only what they would take is written down. `products` holds the grouped product alone, in the two
-ways between which `grouped_lora_linear` chooses. Writes results/serving.json and .png, after each base what is there.
+ways between which `grouped_lora_linear` chooses. Writes results/serving.json and .png, after each base what is there; a
+run of one base alone keeps what the same settings gave for the other.
 """
 
 import argparse
@@ -346,10 +347,10 @@ def draw(record: dict) -> bytes:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("repeats", 3), ("layers", 4)):
+    for name, value in (("repeats", 3), ("layers", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--models", nargs="+", default=[TINY, LLAMA], choices=[TINY, LLAMA])
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
@@ -360,7 +361,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    given = f"--repeats {options.repeats} --layers {options.layers}"
+    given = f"--repeats {options.repeats} --layers {options.layers} --adapters {' '.join(map(str, options.adapters))} "
+    given += f"--tokens {' '.join(map(str, options.tokens))}"
     record = {
         "command": f"python benchmarks/serving.py {given}",
         "where": f"1 CPU thread, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -378,8 +380,24 @@ def main(arguments: list[str] | None = None) -> None:
             gc.collect()
             for way in (MIXED, COPIES):
                 record["memory"] += memory(kind, way, folder, options)
-            write_json(options.results / "serving.json", record)
-            write_atomically(options.results / "serving.png", draw(record))
+            whole = with_earlier(record, options.results / "serving.json")
+            write_json(options.results / "serving.json", whole)
+            write_atomically(options.results / "serving.png", draw(whole))
+
+
+def with_earlier(record: dict, path: Path) -> dict:
+    """The record with the rows of other bases that stand in the file, if they were measured with the same settings."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if any(earlier.get(key) != record[key] for key in ("command", "where", "settings")):
+        return record
+    measured = {row["model"] for row in record["times"]}
+    return record | {
+        key: sorted(
+            record[key] + [row for row in earlier[key] if row["model"] not in measured],
+            key=lambda row: row["model"] != TINY,
+        )
+        for key in ("times", "memory")
+    }
 
 
 if __name__ == "__main__":

@@ -114,6 +114,10 @@ class AdapterPool:
             if layer_name not in self._layers:
                 self._refuse_layer(layer_name, layer)
             ready[layer_name] = _scaled(factors, layer.weight)
+        if len({id(self.model.get_submodule(each)) for each in ready}) < len(ready):
+            raise AdapterError(
+                "two layers of the adapter are one module of the model; it must have one pair of factors"
+            )
         for layer_name, (lora_A, lora_B) in ready.items():
             if layer_name not in self._layers:
                 self._layers[layer_name] = _Pooled(layer_name, self.model.get_submodule(layer_name))

@@ -524,6 +524,18 @@ def test_layers_that_the_pool_can_t_serve():
         AdapterPool(model, {"a": adapter(model, {"head": 2})})
 
 
+def test_one_module_under_two_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.append(model[0])
+    before = portrait(model)
+    with pytest.raises(AdapterError, match="two layers of the adapter are one module of the model"):
+        AdapterPool(model, {"a": adapter(model, {"0": 1, "2": 1})})
+    assert portrait(model) == before
+    pool = AdapterPool(model, {"a": adapter(model, {"0": 1})})
+    with pytest.raises(AdapterError, match="2: Linear is served by an AdapterPool"):
+        pool.add("b", adapter(model, {"2": 1}))
+
+
 def test_a_base_resized_since():
     model = tiny().eval()
     pool = AdapterPool(model, {"a": adapter(model, {"embedding": 2})})
