@@ -279,7 +279,7 @@ def memory(kind: str, way: str, folder: Path, options: argparse.Namespace) -> li
 def products(options: argparse.Namespace, width: int = 576) -> list[dict]:
     """The grouped product alone, with a product for each adapter and with gathered factors."""
     torch.manual_seed(0)
-    rows, usual = [], functional.ROWS_WORTH_A_PRODUCT
+    rows, usual = [], functional.GATHERED
     W = torch.randn(width, width)
     for tokens in options.tokens:
         x = torch.randn(ROWS, tokens, width)
@@ -287,10 +287,12 @@ def products(options: argparse.Namespace, width: int = 576) -> list[dict]:
         for adapters in options.adapters:
             A, B = torch.randn(adapters, RANK, width), torch.randn(adapters, width, RANK)
             parts = {}
-            for way, worth in (("a product each", 0), ("gathered", 10**9)):
-                functional.ROWS_WORTH_A_PRODUCT = worth
-                parts[way] = functional.adapter_parts([row % adapters for row in range(ROWS)], adapters)
-            functional.ROWS_WORTH_A_PRODUCT = usual
+            for way, most in (("a product each", 0), ("gathered", 10**9)):
+                functional.GATHERED = most
+                parts[way] = functional.adapter_parts(
+                    [row % adapters for row in range(ROWS)], adapters, 2 * RANK * width
+                )
+            functional.GATHERED = usual
             if adapters == 1:  # is never gathered by itself
                 parts["gathered"] = [(slice(0, ROWS), torch.zeros(ROWS, dtype=torch.int64))]
             calls = {"base product": lambda x=x: F.linear(x, W)} | {

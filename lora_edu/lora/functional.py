@@ -25,7 +25,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels
 TRITON = triton_version() >= ((3, 7) if INTERPRETED else (3, 5))
 TRITON_RANKS = range(1, 257)
 ROWS_AT_ONCE = 2**22  # elements of ΔW computed at a time while merging: 16 MB in float32
-ROWS_WORTH_A_PRODUCT = 4  # rows an adapter, on average, from which each adapter gets a product of its own
+GATHERED = (
+    2**17
+)  # numbers of gathered factors, for each adapter present, from which it gets a product of its own
 
 # Which rows of a batch, and the adapter of all of them (an int) or of each (a tensor).
 Part = tuple[slice | Tensor, int | Tensor]
@@ -136,14 +138,16 @@ def grouped_lora_linear(
     W multiplies the whole batch once, whatever n is; a row with −1 is W x[i] + b bit for bit. This is the batched
     LoRA product of Punica (Chen et al. 2023, §4, its SGMV operator) and S-LoRA (Sheng et al. 2023, §4).
 
-    Where an adapter has at least ROWS_WORTH_A_PRODUCT rows on average, each adapter present multiplies its rows.
-    Where it has fewer, the factors are gathered, one copy a row, and multiplied by two batched products. Measured
-    on one core (float32, 576 × 576, r = 8, 64 rows of one token; the base product takes 1.4 ms) with 1, 8 and 64
-    adapters: 0.1, 0.6 and 7.1 ms for a product each; 0.7, 0.8 and 0.8 ms gathered (benchmarks/serving.py).
+    Either each adapter present multiplies its rows, which costs some calls an adapter, or the factors are gathered,
+    one copy a row, and multiplied by two batched products, which costs rows · r (in + out) copied numbers: that is
+    done while they are fewer than GATHERED an adapter present. Measured on one core (float32, r = 8, 64 rows of one
+    token, medians) with 1, 8 and 64 adapters: at 576 × 576, where the base product takes 1.4 ms, 0.1, 0.8 and 3.4 ms
+    for a product each and 0.8, 0.8 and 0.9 ms gathered; at 2048 × 2048 0.3, 1.0 and 11.6 ms, and 11.2, 11.2 and
+    11.1 ms gathered. benchmarks/serving.py measures the first.
 
     For inference: the sum is taken in place. Raises ValueError for an adapter's number that isn't there.
     """
-    parts = adapter_parts(adapter, len(lora_A), x.device)
+    parts = adapter_parts(adapter, len(lora_A), lora_A[0].numel() + lora_B[0].numel(), x.device)
     return add_by_row(F.linear(x, weight, bias), x, lora_A, lora_B, parts)
 
 
@@ -160,16 +164,17 @@ def grouped_lora_embedding(
     tokens: (batch, …), integers below V; weight W: (V, d); lora_A: (n, V, r) and lora_B: (n, d, r), s multiplied into
     one of the two; adapter g: (batch,), 0 … n − 1, or −1 for W alone; returns (batch, …, d). See grouped_lora_linear.
     """
-    parts = adapter_parts(adapter, len(lora_A), tokens.device)
+    parts = adapter_parts(adapter, len(lora_A), lora_B[0].numel(), tokens.device)
     return add_by_row(F.embedding(tokens, weight), tokens, lora_A, lora_B, parts, True, padding_idx)
 
 
 def adapter_parts(
-    adapter: Sequence[int] | Tensor, adapters: int, device: torch.device | str | None = None
+    adapter: Sequence[int] | Tensor, adapters: int, size: int, device: torch.device | str | None = None
 ) -> list[Part]:
     """The products that a batch needs, from the adapter of each row (−1: none); see grouped_lora_linear.
 
-    adapters: how many there are. Rows that stand next to one another come as a slice, so that nothing is copied.
+    adapters: how many there are; size: the numbers to gather for a row, r (in + out) of a linear layer, r · d of an
+    embedding. Rows that stand next to one another come as a slice, so that nothing is copied.
     """
     numbers = adapter.tolist() if isinstance(adapter, Tensor) else [int(each) for each in adapter]
     if strangers := [each for each in numbers if not -1 <= each < adapters]:
@@ -181,7 +186,7 @@ def adapter_parts(
         if number >= 0:
             rows_of.setdefault(number, []).append(row)
     adapted = sorted(row for rows in rows_of.values() for row in rows)
-    if len(rows_of) > 1 and len(adapted) < ROWS_WORTH_A_PRODUCT * len(rows_of):
+    if len(rows_of) > 1 and len(adapted) * size < GATHERED * len(rows_of):
         slots = torch.tensor([numbers[row] for row in adapted], device=device)
         return [(_selection(adapted, device), slots)]
     return [(_selection(rows, device), number) for number, rows in rows_of.items()]

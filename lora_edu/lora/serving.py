@@ -314,9 +314,10 @@ class _Pooled(nn.Module):
         for rank, stack in self.stacks.items():
             slots = {name: slot for slot, name in enumerate(stack.names)}
             device = stack.lora_A.device
-            key = (device, *stack.names)
+            size = stack.lora_B[0].numel() + (0 if self.embedding else stack.lora_A[0].numel())
+            key = (device, size, *stack.names)
             if key not in made and each_row:
-                made[key] = adapter_parts([slots.get(name, -1) for name in rows], len(slots), device)
+                made[key] = adapter_parts([slots.get(name, -1) for name in rows], len(slots), size, device)
             elif key not in made:
                 made[key] = [(slice(None), slots[rows])] if rows in slots else []
             if made[key]:

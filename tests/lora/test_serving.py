@@ -105,12 +105,11 @@ def test_grouped_is_row_by_row(rows, rank, between, with_bias):
             torch.testing.assert_close(out[i], one, **CLOSE)
 
 
-@pytest.mark.parametrize("ask", [1, 1000])
-def test_both_ways_to_multiply_agree(ask, monkeypatch):
-    monkeypatch.setattr(functional, "ROWS_WORTH_A_PRODUCT", ask)
+@pytest.mark.parametrize("gathered", [0, 10**9])
+def test_both_ways_to_multiply_agree(gathered, monkeypatch):
+    monkeypatch.setattr(functional, "GATHERED", gathered)
     rows = [0, 2, 2, -1, 0, 1, 1, 1]
-    parts = functional.adapter_parts(rows, 3)
-    assert len(parts) == (3 if ask == 1 else 1)
+    assert len(functional.adapter_parts(rows, 3, 24)) == (1 if gathered else 3)
     torch.manual_seed(0)
     x, W, A, B = torch.randn(8, 6, 7), torch.randn(5, 7), torch.randn(3, 2, 7), torch.randn(3, 5, 2)
     out = grouped_lora_linear(x, W, A, B, rows)
@@ -128,6 +127,17 @@ def test_factors_wider_than_the_base():
         for i, k in enumerate(rows):
             wanted = F.linear(x[i], W) if k < 0 else lora_linear(x[i], W, A[k], B[k], 1.0)
             torch.testing.assert_close(out[i], wanted, atol=0.1, rtol=0.02)
+
+
+def test_wide_factors_of_few_adapters_are_not_gathered():
+    rows = [row % 8 for row in range(64)]
+    assert [len(functional.adapter_parts(rows, 8, 8 * (side + side))) for side in (100, 576, 2048)] == [
+        1,
+        1,
+        8,
+    ]
+    assert len(functional.adapter_parts(range(64), 64, 8 * (2048 + 2048))) == 1
+    assert functional.adapter_parts([1] * 64, 8, 8) == [(slice(0, 64), 1)]
 
 
 @pytest.mark.parametrize("rows", [[0, 2], [-2, 0]])
