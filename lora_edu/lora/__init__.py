@@ -2,16 +2,18 @@
 
 from .combine import mix
 from .extract import Extracted, extract_lora
-from .functional import lora_embedding, lora_linear
+from .functional import grouped_lora_embedding, grouped_lora_linear, lora_embedding, lora_linear
 from .inject import add_lora, lora_layers, merge_lora, remove_lora, trainable_parameters, unmerge_lora
 from .layers import LoRAEmbedding, LoRALinear, MergeReport
 from .optimizers import pair_optimizers
 from .peft_format import AdapterError, load_adapter, read_adapter, save_adapter, write_adapter
 from .ranks import choose_ranks
 from .resizing import resize
+from .serving import AdapterPool
 
 __all__ = [
     "AdapterError",
+    "AdapterPool",
     "Extracted",
     "LoRAEmbedding",
     "LoRALinear",
@@ -19,6 +21,8 @@ __all__ = [
     "add_lora",
     "choose_ranks",
     "extract_lora",
+    "grouped_lora_embedding",
+    "grouped_lora_linear",
     "load_adapter",
     "lora_embedding",
     "lora_layers",

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+POOLED = "lora_pool"  # the child of a layer that holds its adapters, where an AdapterPool serves it
+
 
 def is_conv1d(layer: nn.Module) -> bool:
     """Is this Hugging Face's Conv1D, a linear layer whose weight is stored (in, out)?"""
@@ -26,6 +28,10 @@ def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embe
     kind = type(layer).__name__
     if "unmerged_weight" in layer._buffers:  # LoRALinear and LoRAEmbedding, which import this file
         raise TypeError(f"{kind} has LoRA already; remove_lora it first, or train the adapter it has")
+    if POOLED in layer._modules:
+        raise TypeError(
+            f"{kind} is served by an AdapterPool; add the adapter to that pool, or pool.remove() it first"
+        )
     conv1d = is_conv1d(layer) and nn.Linear in kinds
     family = next((each for each in kinds if isinstance(layer, each)), None)
     if family is None and not conv1d:

@@ -82,7 +82,7 @@ def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> 
         raise ValueError(f"the model has {other.name} already; remove_{other.name}(model) takes it off")
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
-        _refuse(model, name, layer, tied)
+        refuse_at(model, name, layer, tied)
     trainable = [name for name, each in _all_parameters(model) if each.requires_grad]
     try:
         built = {}
@@ -289,7 +289,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _refuse(model: nn.Module, name: str, layer: nn.Module, tied: str) -> None:
+def refuse_at(model: nn.Module, name: str, layer: nn.Module, tied: str) -> None:
+    """Raise TypeError or ValueError, with the reason, unless LoRA can be added to this layer where it stands."""
     try:
         refuse_layer(layer)
     except TypeError as error:

@@ -186,8 +186,7 @@ def put_files(
 
 def _tensors_beside(model: nn.Module, beside: Beside) -> dict[str, Tensor]:
     """What a loaded adapter had trained beside LoRA, under the file's names, with the values of now."""
-    state = dict(model.named_parameters(remove_duplicate=False))
-    state |= dict(model.named_buffers(remove_duplicate=False))
+    state = all_tensors(model)
     whole = {key: state[name] for name, key in beside.whole.items()}
     rows = {key: state[name][ids] for name, (key, ids) in beside.rows.items()}
     return {key: each.detach().cpu().clone().contiguous() for key, each in (whole | rows).items()}
@@ -276,34 +275,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"the model has LoRA already, on {next(iter(lora_layers(model)))}; remove_lora it first"
         )
     adapter = read_adapter(folder)
-    if adapter.objections:
-        raise AdapterError(adapter.objections[0])
-    for name, why in adapter.refused.items():
-        raise AdapterError(f"{printable(name)} isn't supported: {why}")
-    for name, factors in adapter.layers.items():
-        if factors.bias is not None:
-            raise AdapterError(f"{printable(name)} has a bias in lora_B, which isn't supported")
-    _check_names(model, adapter)
-    _check_shapes(model, adapter.layers)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    parameters |= dict(model.named_buffers(remove_duplicate=False))
+    check_fits(model, adapter)
+    parameters = all_tensors(model)
     values = _values_beside(parameters, adapter)
-    for name, factors in adapter.layers.items():
-        padding = getattr(model.get_submodule(name), "padding_idx", None)
-        if factors.embedding and padding is not None and factors.lora_A[padding].any():
-            warnings.warn(
-                f"{name}: the adapter's row of the padding token {padding} isn't zero. It is kept, but not "
-                "added: the output there is the base's row (PEFT adds it)",
-                stacklevel=2,
-            )
 
     def build(name: str, layer: nn.Module) -> LoRALinear | LoRAEmbedding:
         factors = adapter.layers[name]
         options = {
             "rank_stabilised": factors.rank_stabilised,
-            "lora_dtype": functools.reduce(
-                torch.promote_types, (factors.lora_A.dtype, factors.lora_B.dtype, layer.weight.dtype)
-            ),
+            "lora_dtype": factors_dtype(factors, layer.weight),
             "any_rank": True,
         }
         if factors.embedding:
@@ -321,6 +301,41 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise AdapterError(str(error)) from None
     _put_beside(model, adapter, parameters, values)
     return model
+
+
+def check_fits(model: nn.Module, adapter: Adapter) -> None:
+    """Raise AdapterError unless the adapter's factors can be put into this model.
+
+    Warns where target_modules names layers that the file lacks, and of a padding row that isn't zero.
+    """
+    if adapter.objections:
+        raise AdapterError(adapter.objections[0])
+    for name, why in adapter.refused.items():
+        raise AdapterError(f"{printable(name)} isn't supported: {why}")
+    for name, factors in adapter.layers.items():
+        if factors.bias is not None:
+            raise AdapterError(f"{printable(name)} has a bias in lora_B, which isn't supported")
+    _check_names(model, adapter)
+    _check_shapes(model, adapter.layers)
+    for name, factors in adapter.layers.items():
+        padding = getattr(model.get_submodule(name), "padding_idx", None)
+        if factors.embedding and padding is not None and factors.lora_A[padding].any():
+            warnings.warn(
+                f"{name}: the adapter's row of the padding token {padding} isn't zero. It is kept, but not "
+                "added: the output there is the base's row (PEFT adds it)",
+                stacklevel=3,
+            )
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under every name that they have."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    return tensors | dict(model.named_buffers(remove_duplicate=False))
+
+
+def factors_dtype(factors: Factors, weight: Tensor) -> torch.dtype:
+    """The dtype that factors take in a model: the file's, or the weight's where that is wider."""
+    return functools.reduce(torch.promote_types, (factors.lora_A.dtype, factors.lora_B.dtype, weight.dtype))
 
 
 def _check_names(model: nn.Module, adapter: Adapter) -> None:
@@ -354,7 +369,7 @@ def _check_names(model: nn.Module, adapter: Adapter) -> None:
         warnings.warn(
             f"target_modules names {len(missing)} layers that the file has no tensors for, such as {missing[0]}: "
             "they stay as they are",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -372,7 +387,8 @@ def _check_shapes(model: nn.Module, layers: Mapping[str, Factors]) -> None:
         if shape != factors.sides:
             mine, theirs = (" × ".join(map(str, each)) for each in (shape, factors.sides))
             raise AdapterError(
-                f"{name} is {theirs} in the adapter and {mine} in the model{_resize(name, shape, factors.sides)}"
+                f"{name} is {theirs} in the adapter and {mine} in the model"
+                + (_resize(name, shape, factors.sides) or ": the adapter is for another model")
             )
 
 
@@ -403,7 +419,7 @@ def _values_beside(parameters: Mapping[str, Tensor], adapter: Adapter) -> dict[s
                     or ": the adapter is for another model"
                 )
             )
-        if mine.is_meta or _equal(mine.detach(), tensor):
+        if mine.is_meta or same_values(mine.detach(), tensor):
             continue
         values[name] = tensor
         if name not in trained:
@@ -426,7 +442,7 @@ def _values_beside(parameters: Mapping[str, Tensor], adapter: Adapter) -> dict[s
     return values
 
 
-def _equal(mine: Tensor, stored: Tensor) -> bool:
+def same_values(mine: Tensor, stored: Tensor) -> bool:
     """Whether two tables are the same in the coarser of their dtypes."""
     coarser = max((mine.dtype, stored.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(mine.to(coarser), stored.to(coarser).to(mine.device))
