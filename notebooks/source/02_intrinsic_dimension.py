@@ -18,7 +18,7 @@
 #
 # **You should know** chapter 01 (rank and spectra), and what a gradient is.
 #
-# **Time**: 40 minutes to read, one to run.
+# **Time**: 40 minutes to read, one to two to run.
 
 # %% tags=["setup"]
 import math
@@ -28,8 +28,9 @@ from IPython.display import clear_output
 
 from lora_edu import explore, lowrank, plots
 from lora_edu.data import load_base_losses, load_checkpoint, load_corpus, load_sweeps
-from lora_edu.data.runs import around, by_dimension, levels
+from lora_edu.data.runs import around, by_dimension, levels, tuned_runs
 from lora_edu.exercises import chapter_02 as exercises
+from lora_edu.lora import add_lora, lora_layers
 from lora_edu.loss import next_token_loss
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
@@ -521,8 +522,16 @@ explore.predict(
     },
 )
 
+# %%
+explore.random_subspaces(
+    {name: {d: row["accuracy"] for d, row in runs.items()} for name, runs in chosen.items()},
+    before=accuracy["base"],
+    full=accuracy["full"],
+    sizes={"all weights": D, "blocks alone": 727_800},
+)
+
 # %% [markdown]
-# The per cents in the table are of full tuning of all weights.
+# And every run in a row of a table. The per cents are of full tuning of all weights.
 
 # %%
 for name, runs in chosen.items():
@@ -532,14 +541,6 @@ for name, runs in chosen.items():
         print(
             f"{d:14,}{row['test']:14.2f}{row['accuracy']:7.1%}{row['accuracy'] / accuracy['full']:20.0%}{gain:13.0%}"
         )
-
-# %%
-explore.random_subspaces(
-    {name: {d: row["accuracy"] for d, row in runs.items()} for name, runs in chosen.items()},
-    before=accuracy["base"],
-    full=accuracy["full"],
-    sizes={"all weights": D, "blocks alone": 727_800},
-)
 
 # %% [markdown]
 # Where do the curves cross the two levels? By bisection, as in section 1, but in $\log d$ and until the ends of the interval
@@ -651,7 +652,86 @@ assert -0.05 < chance < 0.2 < kept[8]
 # At rank 8 about half of the gain or more is gone, and at no rank is it suddenly enough. So here is an update of 10 000 numbers that
 # no low rank holds: **low dimension is not low rank**, in a language model too. (The eight strongest do better
 # than eight random ones since more of the update's energy lies along them.)
+
+# %% [markdown]
+# ### Full rank beside low rank
 #
+# LoRA trains $\Delta W = B A$ of rank $r$: whatever the task, its answer has low rank. With one rank in every matrix of
+# TinyLM it trains 31 000 numbers for each rank. So for some ranks there is a recorded run in a random subspace of about as
+# many numbers. One answer has full rank, the other has rank $r$. How good is each of them, and how do they look?
+#
+# How good they are is recorded: whole runs of 200 steps, at the best of their learning rates, seed 0. Their $P z$ is not
+# stored. So how they look comes from ten short runs, live: twelve steps of 512 tokens each.
+
+# %%
+by_rank = {r: row for (r, seed), row in tuned_runs(recorded).items() if seed == 0}
+rank_beside = {}  # d → rank r of the LoRA that trains about as many numbers
+for r in (1, 2, 4, 8, 32):
+    d = min(chosen["all weights"], key=lambda d: abs(math.log(d / by_rank[r]["parameters"])))
+    rank_beside[d] = r
+    assert max(d, by_rank[r]["parameters"]) < 1.3 * min(d, by_rank[r]["parameters"])
+assert all(by_rank[r]["parameters"] == 31_000 * r for r in rank_beside.values())
+for d, r in rank_beside.items():
+    one, other = chosen["all weights"][d], by_rank[r]
+    print(f"d = {d:9,}: {one['accuracy']:.1%} right; LoRA of r = {r:2}: {other['accuracy']:.1%}")
+
+
+# %%
+def short_run(model, groups):
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = fit(model, Batches(reference.train, 4, 128), optimizer, steps=12, progress=False).steps
+    assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+def two_updates(d, r):
+    """ΔW by name, after a short run: from a random subspace of d dimensions, and from LoRA of rank r, with s = 1."""
+    free, low = TinyLM.from_state_dict(base), TinyLM.from_state_dict(base)
+    short_run(free, [{"params": [subspace(free, d).z], "lr": chosen["all weights"][d]["rate"]}])
+    torch.manual_seed(0)
+    kinds = ["embedding", "head", "query", "key", "value", "output", "up", "down"]
+    layers = lora_layers(add_lora(low, r, alpha=r, targets=kinds))
+    row = by_rank[r]  # its rate, of which the embedding has a share
+    rates = {name: row["rate"] * (row["embedding"] if name == "embedding" else 1) for name in layers}
+    short_run(low, [{"params": [W.lora_A, W.lora_B], "lr": rates[name]} for name, W in layers.items()])
+    return free.subspace.deltas(), {f"{name}.weight": W.delta_weight().detach() for name, W in layers.items()}
+
+
+# %% tags=["nbval-ignore-output"]
+updates = {name: {} for name in names}
+for d, r in rank_beside.items():
+    in_subspace, in_lora = two_updates(d, r)
+    for name in names:
+        updates[name][d] = in_subspace[name], in_lora[name]
+        assert lowrank.numerical_rank(in_subspace[name]) == 100 and lowrank.numerical_rank(in_lora[name]) == r
+right = {
+    "random subspace": {d: row["accuracy"] for d, row in chosen["all weights"].items()},
+    "LoRA": {row["parameters"]: row["accuracy"] for r, row in by_rank.items() if r},
+}
+numbers_beside = {d: by_rank[r]["parameters"] for d, r in rank_beside.items()}
+explore.full_rank_beside_low_rank(
+    right, numbers_beside, {name.removesuffix(".weight"): of_d for name, of_d in updates.items()}
+)
+
+# %% [markdown]
+# Move $d$, then change the matrix. In the subspace $\Delta W$ has rank 100 at every $d$, and its spectrum lies on that of noise
+# as long as each dial turns many weights. At a million dimensions a dial turns fewer than three weights, and the spectrum
+# begins to fall faster: at $d = D$ it would be that of full tuning. LoRA's $\Delta W$ ends at its rank: there is no direction
+# number $r + 1$. And yet both answers work. In these recorded runs the one of full rank is ahead, by 0.3 to 1.3 points (one
+# seed, one draw of $P$; LoRA with one rank in all matrices). So low rank is not what makes an answer good, and full rank does
+# not make it bad. (The short runs have the learning rates of the whole ones. Those were not chosen for twelve steps, so do
+# not compare how good the short runs are.)
+
+# %%
+ahead = [right["random subspace"][d] - right["LoRA"][n] for d, n in numbers_beside.items()]
+assert all(0.002 < each < 0.014 for each in ahead) and D / max(rank_beside) < 3
+for name in names:
+    ninety_of = {
+        d: lowrank.rank_for_energy(torch.linalg.svdvals(both[0]), 0.9) for d, both in updates[name].items()
+    }
+    assert all(abs(ninety_of[d] - ninety[name][1]) <= 4 for d in rank_beside if d < 150_000)
+    assert ninety_of[max(rank_beside)] < ninety[name][1]
+
+# %% [markdown]
 # ## 7 · A fair rival
 #
 # "A random subspace needs so many dimensions, LoRA needs fewer numbers" is no fair comparison: LoRA chooses its subspace,
