@@ -233,6 +233,13 @@ full = [runs[None, seed]["test"] for seed in seeds_of(None)]
 gain = lambda loss: (before["test"] - loss) / (before["test"] - mean(full))
 
 # %%
+parameters = {r: runs[r, 0]["parameters"] for r in ranks}
+explore.trained_and_truncated(trained, truncated, full, before["test"], parameters)
+
+# %% [markdown]
+# And the numbers behind the picture:
+
+# %% tags=["folded"]
 print(
     f"base {before['test']:.2f} nats a token, full tuning {mean(full):.2f} ({min(full):.2f} to {max(full):.2f})"
 )
@@ -244,10 +251,6 @@ for r in ranks:
     print(f"{r:4}{runs[r, 0]['parameters']:11,}{seconds:9.0f}{len(shares):7}  {between:22}{mean(cut):6.0%}")
 seconds = mean([runs[None, seed]["seconds"] for seed in seeds_of(None)])
 print(f"full{runs[None, 0]['parameters']:11,}{seconds:9.0f}{len(full):7}")
-
-# %%
-parameters = {r: runs[r, 0]["parameters"] for r in ranks}
-explore.trained_and_truncated(trained, truncated, full, before["test"], parameters)
 
 # %% [markdown]
 # **Training at rank $r$ is not truncating to rank $r$.** A single rank, trained, gets two thirds of full tuning's gain; cut
@@ -475,6 +478,30 @@ times = [0.5, 1.0, 2.0, 4.0]
 by_alpha = {c: loss_at(rank=8, rate=rate, scale=c) for c in times}
 by_rate = {c: loss_at(rank=8, rate=rate * c, scale=1.0) for c in times}
 exchange = {c: loss_at(rank=8, rate=rate * c**-0.5, scale=c) for c in (0.25, 4.0)}
+
+# %%
+figure, axes = plots.subplots(size=(7.2, 3.0))
+lines = {
+    "alpha · c, the rate as it was": by_alpha,
+    "rate · c, alpha as it was": by_rate,
+    "rate · c and alpha / c²": {0.5: exchange[4.0], 1.0: by_alpha[1.0], 2.0: exchange[0.25]},
+}
+ends_of_runs = {name: (list(found), list(found.values())) for name, found in lines.items()}
+look = {"xlabel": "factor c", "ylabel": "held-out loss, nats a token", "xscale": "log", "ylim": (4.3, 6.9)}
+title = "A factor on the rate counts on alpha as its square"
+plots.curves_with_twins(axes, ends_of_runs, {}, title=title, **look)
+plots.plain_ticks(axes.xaxis, times)
+plots.mark_level(axes, before["test"], "untuned", 0.1)
+exploded = [f"{name.split(' ·')[0]} · {c:g}" for name, found in lines.items() for c in found if found[c] > 7]
+said = ", ".join(exploded)
+assert exploded == ["rate · 4"]
+plots.show(
+    figure,
+    "Loss against a factor on alpha alone, on the rate alone, and on the rate with alpha divided by its square, "
+    f"which stays flat. Not drawn, since the run exploded: {said}.",
+)
+
+# %% tags=["folded"]
 for c in times:
     print(f"times {c:<4g} alpha alone: {by_alpha[c]:.2f}   learning rate alone: {by_rate[c]:.2f}")
 for c, loss in exchange.items():
@@ -588,10 +615,41 @@ for targets in names:
     found = load_sweeps(method="lora", targets=targets, steps=100, text="reference")
     found = [row for row in found if row["test"] is not None and 70_000 < row["parameters"] < 90_000]
     places[targets] = min(found, key=lambda row: min(each["loss"] for each in row["evaluations"]))
-for targets, row in sorted(places.items(), key=lambda item: item[1]["test"]):
-    rank = row["rank"] if isinstance(row["rank"], int) else "2, in the blocks 4"
+order = sorted(places, key=lambda targets: places[targets]["test"])
+rank_in = {
+    targets: row["rank"] if isinstance(row["rank"], int) else "2, in the blocks 4"
+    for targets, row in places.items()
+}
+
+# %%
+figure, (left, right) = plots.subplots(1, 2, size=(7.2, 2.6), width_ratios=[1.25, 1])
+gained = [before["test"] - places[targets]["test"] for targets in order]
+lost = [places[targets]["code"] - before["code"] for targets in order]
+labels = [f"{targets}, r = {rank_in[targets]}".replace(", in", ",\nin") for targets in order]
+for axes, values, colour, names_left, unit, title in (
+    (
+        left,
+        gained,
+        plots.BLUE,
+        labels,
+        "gained on docstrings, nats a token",
+        "Some 80 000 numbers in one place",
+    ),
+    (right, lost, plots.VERMILION, [""] * 6, "lost on code, nats a token", "What the model forgets"),
+):
+    texts = [f"{value:.2f}" for value in values]
+    plots.bars(axes, names_left, values, [colour] * 6, texts, xlabel=unit, title=title)
+right.set_yticks([])
+plots.show(
+    figure,
+    f"Nats gained on docstrings by where the numbers are, from {order[0]} to {order[-1]}, and nats lost on code.",
+)
+
+# %% tags=["folded"]
+for targets in order:
+    row = places[targets]
     print(
-        f"{targets:10} r = {rank!s:19} {row['parameters']:,} numbers: {row['test']:.3f}, code {row['code']:.3f}"
+        f"{targets:10} r = {rank_in[targets]!s:19} {row['parameters']:,} numbers: {row['test']:.3f}, code {row['code']:.3f}"
     )
 
 # %% [markdown]
@@ -787,6 +845,24 @@ assert turned["embedding"] > 0.9 and all(0.25 < turned[name] < 0.45 for name in 
 
 # %%
 spectra = {each["rank"]: each["kinds"] for each in analysis["spectra"]}
+figure, both = plots.subplots(1, 2, size=(7.2, 3.0))
+shown = ("embedding", "query", "up", "head")
+looks = {"size": "‖ΔW‖ / ‖W$_o$‖", "ninety": "rank for 90 % of the energy"}
+titles = "LoRA's ΔW is larger, but in the head", "and uses fewer directions"
+for axes, (what, label), title in zip(both, looks.items(), titles, strict=True):
+    of_rank = {kind: (ranks, [spectra[r][kind][what] for r in ranks]) for kind in shown}
+    of_full = {kind: ([1, 64], [spectra[None][kind][what]] * 2) for kind in shown}
+    look = {"xscale": "log", "xlabel": "rank r; dashed: full tuning", "ylabel": label, "ylim": (0, None)}
+    plots.curves_with_twins(axes, of_rank, of_full, title=title, **look)
+    plots.plain_ticks(axes.xaxis, ranks)
+    axes.get_legend().remove()
+figure.legend(*both[0].get_legend_handles_labels(), ncols=4, loc="outside upper center", frameon=False)
+plots.show(
+    figure,
+    "Size of LoRA's ΔW and rank for 90 % of its energy against r, means over layers; dashed: full tuning's.",
+)
+
+# %% tags=["folded"]
 print("‖ΔW‖ / ‖W_o‖ and the rank that holds 90 % of the energy, means over the layers")
 print(f"{'':7}" + "".join(f"{kind:>15}" for kind in ("embedding", "query", "up", "head")))
 for r, kinds in spectra.items():
@@ -815,13 +891,27 @@ assert all(
 
 # %%
 held = {(each["rank"], each["directions"]): each["kinds"] for each in analysis["captured"]}
+figure, three = plots.subplots(1, 3, size=(7.2, 2.9), sharey=True)
+kinds = ("embedding", "query", "value", "up", "down", "head")
+names_of = {"held": "LoRA of rank r", "best": "full tuning's own r strongest", "chance": "r random ones"}
+for axes, r in zip(three, (1, 8, 64), strict=True):
+    dots = {name: {kind: [held[r, r][kind][what]] for kind in kinds} for what, name in names_of.items()}
+    plots.dots_by_kind(axes, dots, legend=False, title=f"r = {r}", xlim=(-0.03, 1.03))
+three[1].set_xlabel("share of ‖ΔW of full tuning‖² in these directions")
+figure.legend(*three[0].get_legend_handles_labels(), ncols=3, loc="outside upper center", frameon=False)
+plots.show(
+    figure,
+    "Share of the energy of full tuning's ΔW in LoRA's directions, in its own strongest and in random ones, by kind.",
+)
+
+# %% tags=["folded"]
 print("share of ‖ΔW of full tuning‖² that lies in so many right directions")
 print(
     f"{'':11}"
     + "".join(f"{r:>8}" for r in (1, 8, 64))
     + "   of LoRA trained at that rank, beside full tuning's own best"
 )
-for kind in ("embedding", "query", "value", "up", "down", "head"):
+for kind in kinds:
     cells = [held[r, r][kind] for r in (1, 8, 64)]
     print(
         f"{kind:11}" + "".join(f"{c['held']:8.2f}" for c in cells),
@@ -880,6 +970,28 @@ explore.predict(
 )
 
 # %%
+figure, axes = plots.subplots(size=(7.2, 3.0))
+found, shuffled = (
+    {
+        f"t = {t}": (
+            [each["rank"] or 100 for each in analysis["intruders"]],
+            [each[of][t] for each in analysis["intruders"]],
+        )
+        for t in ("0.4", "0.5", "0.6")
+    }
+    for of in ("found", "shuffled")
+)
+look = {"xscale": "log", "xlabel": "rank r", "ylabel": "intruders among ten", "ylim": (0, 6)}
+title = "As many intruders as the same singular values make in random directions (dashed)"
+plots.curves_with_twins(axes, found, shuffled, title=title, **look)
+plots.plain_ticks(axes.xaxis, [*ranks, 100])
+axes.xaxis.set_ticklabels([*ranks, "full"])
+plots.show(
+    figure,
+    "Intruders among ten directions against r and for full tuning; the dashed twins lie beside the lines.",
+)
+
+# %% tags=["folded"]
 print("of ten directions, how many are like none of W_o's (in brackets: ΔW in random directions)")
 intruders = {}
 for each in analysis["intruders"]:
