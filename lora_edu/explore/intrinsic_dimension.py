@@ -76,11 +76,14 @@ def full_rank_beside_low_rank(
     both = [value for found in seen.values() for value in found.values()]
     spectra, ranks = {}, {}
     for matrix, of_d in updates.items():
-        noise = torch.randn(next(iter(of_d.values()))[0].shape, generator=torch.Generator().manual_seed(0))
+        shape = next(iter(of_d.values()))[0].shape
+        noise = torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
         for d, found in of_d.items():
-            three = {"random subspace": found[0], "LoRA": found[1], "noise": noise}
-            spectra[matrix, d] = {name: torch.linalg.svdvals(dW) for name, dW in three.items()}
-            ranks[matrix, d] = {name: lowrank.numerical_rank(dW) for name, dW in three.items()}
+            of_both = dict(zip(("random subspace", "LoRA"), found, strict=True))
+            ranks[matrix, d] = {name: lowrank.numerical_rank(dW) for name, dW in of_both.items()}
+            spectra[matrix, d] = {name: torch.linalg.svdvals(dW) for name, dW in of_both.items()} | {
+                "noise": noise
+            }
 
     def draw(figure: Figure, d: int, matrix: str) -> str:
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
