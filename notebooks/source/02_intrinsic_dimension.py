@@ -713,18 +713,17 @@ right = {
     "LoRA": {row["parameters"]: row["accuracy"] for r, row in by_rank.items() if r},
 }
 numbers_beside = {d: by_rank[r]["parameters"] for d, r in rank_beside.items()}
-explore.full_rank_beside_low_rank(
-    right, numbers_beside, {name.removesuffix(".weight"): of_d for name, of_d in updates.items()}
-)
+short = dict(zip(names, ("embedding", "query, block 3", "up, block 3", "head"), strict=True))
+explore.full_rank_beside_low_rank(right, numbers_beside, {short[name]: updates[name] for name in names})
 
 # %% [markdown]
-# Move $d$, then change the matrix. In the subspace $\Delta W$ has rank 100 at every $d$, and its spectrum lies on that
-# of noise as long as each dial turns many weights. At a million dimensions a dial turns fewer than three weights, and
-# the spectrum begins to fall faster: at $d = D$ it would be that of full tuning. LoRA's $\Delta W$ ends at its rank:
-# there is no direction number $r + 1$. And yet both answers work. In these recorded runs the one of full rank is ahead,
-# by 0.3 to 1.3 points (one seed, one draw of $P$; LoRA with one rank in all matrices). So low rank is not what makes an
-# answer good, and full rank does not make it bad. (The short runs have the learning rates of the whole ones. Those were
-# not chosen for twelve steps, so do not compare how good the short runs are.)
+# Move $d$, then change the matrix. In the subspace $\Delta W$ has rank 100 at every $d$, and up to $d = 100\,000$ its
+# spectrum lies on that of noise. At a million dimensions a dial turns fewer than three weights, and in the two matrices
+# of block 3 the spectrum falls faster than noise. (At $d = D$ it would be that of full tuning.) LoRA's $\Delta W$ ends
+# at its rank: there is no direction number $r + 1$. And yet both kinds of answer work. In these recorded runs (TinyLM,
+# 200 steps on docstrings, seed 0, one draw of $P$, LoRA with one rank in all matrices) the one of full rank is ahead, by
+# 0.3 to 1.3 points. So low rank is not what makes an answer good, and full rank does not make it bad. (Do not compare
+# how good the short runs are: they have the learning rates of the whole runs, and nobody chose these for twelve steps.)
 
 # %%
 ahead = [right["random subspace"][d] - right["LoRA"][n] for d, n in numbers_beside.items()]
@@ -734,7 +733,7 @@ for name in names:
         d: lowrank.rank_for_energy(torch.linalg.svdvals(both[0]), 0.9) for d, both in updates[name].items()
     }
     assert all(abs(ninety_of[d] - ninety[name][1]) <= 4 for d in rank_beside if d < 150_000)
-    assert ninety_of[max(rank_beside)] < ninety[name][1]
+    assert "blocks" not in name or ninety_of[max(rank_beside)] < ninety[name][1] - 2
 
 # %% [markdown]
 # ## 7 · A fair rival
