@@ -537,6 +537,30 @@ def curves(axes: Axes, series: Mapping[str, tuple], **labels) -> list[Line2D]:
 
 
 @style()
+def curves_with_twins(
+    axes: Axes, series: Mapping[str, tuple], twins: Mapping[str, tuple], **labels
+) -> list[Line2D]:
+    """Lines with dots by name, each (x, y), and for some names a dashed line in the same colour to compare it with.
+
+    twins: name → (x, y) of its dashed line. The legend has the names of the solid lines; the title or the sentence
+    says what is dashed. `labels` go to Axes.set. Raises ValueError for a twin of no line.
+    """
+    if strangers := sorted(set(twins) - set(series)):
+        raise ValueError(
+            f"each twin must have the name of a line ({', '.join(series)}); got {strangers[0]!r}"
+        )
+    drawn = []
+    for (name, (x, y)), colour in zip(series.items(), itertools.cycle(PALETTE), strict=False):
+        drawn += axes.plot(np.asarray(x), np.asarray(y), color=colour, marker="o", label=name)
+        if name in twins:
+            drawn += axes.plot(*map(np.asarray, twins[name]), color=colour, linestyle="--", linewidth=1.2)
+    if len(series) > 1:
+        axes.legend()
+    axes.set(**labels)
+    return drawn
+
+
+@style()
 def mark_level(axes: Axes, y: float, text: str, x: float = 1.0) -> list[Artist]:
     """A dashed horizontal line and what it means, written above it, ending at the share `x` of the width."""
     line = axes.axhline(y, color=GREY, linestyle="--", linewidth=1)

@@ -13,7 +13,7 @@ from lora_edu.explore.deltas import (
     two_seeds,
 )
 from lora_edu.explore.explorer import Explorer
-from lora_edu.explore.intrinsic_dimension import random_subspaces
+from lora_edu.explore.intrinsic_dimension import full_rank_beside_low_rank, random_subspaces
 from lora_edu.explore.lora_embedding import bytes_moved, first_step, measured_on_a_gpu, roofline
 from lora_edu.explore.lora_linear import alpha_that_does_nothing, gradient_norms, seen_through
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
@@ -37,6 +37,7 @@ __all__ = [
     "elevation_rank",
     "equal_gain",
     "first_step",
+    "full_rank_beside_low_rank",
     "gradient_norms",
     "hidden_direction",
     "measured_on_a_gpu",

@@ -96,9 +96,9 @@ plots.show(
 )
 
 # %% [markdown]
-# Every product in it is with 0 or 1, and all except one are with 0. So an embedding *is* a linear layer whose input
-# is one-hot. Whoever knows the place of the one does not need to multiply: reading row $t$ gives the same numbers, to
-# the last bit. So an embedding can have LoRA too, and its cost is different from a linear layer's.
+# Every product in it is with 0 or 1, and all except one are with 0. So an embedding *is* a linear layer whose input is
+# one-hot. If you know the place of the one, you need not multiply: reading row $t$ gives the same numbers, to the last
+# bit. So an embedding can have LoRA too, and its cost is different from a linear layer's.
 #
 # ### The paper's letters, the note's, loralib's, PEFT's, ours
 #
@@ -118,9 +118,9 @@ plots.show(
 # | who writes rows, $h = x W$ (the study note behind this course) | $B$: $(i, r)$, $i = V$ | $A$: $(r, o)$, $o = d$ | $B A$ |
 #
 # Look at the last line: in row vectors the letters change places, and 'B starts at zero' is then a statement about the
-# token side. Our `lora_A` is stored as $A^\top$, so that a token's $r$ numbers lie next to each other in memory. Section
-# 5 shows what that is worth. **From here on $A$ means our `lora_A`, of shape $(V, r)$,** and $A[t]$ is its row for
-# token $t$.
+# token side. Our `lora_A` is stored as $A^\top$, so that a token's $r$ numbers lie next to each other in memory.
+# Section 5 shows what that is worth. **From here on $A$ means our `lora_A`, of shape $(V, r)$,** and $A[t]$ is its row
+# for token $t$.
 
 # %%
 A, B = torch.randn(V, r), torch.randn(d, r)  # our layout
@@ -306,10 +306,10 @@ print(f"{different} different tokens; A = 0: {moved['A']} rows move; B = 0: {mov
 #
 # ### Trained both ways
 #
-# Now the course's base model, pre-trained on code, tuned on docstrings by LoRA on the embedding alone: $r = 8$, 40 steps
-# of Adam. To compare fairly, the factor that is not zero is drawn from $N(0, 1)$ in both, so that Adam's first step
-# moves a row that was seen equally far. (Adam divides each gradient by its usual size, so a number moves by about one
-# learning rate a step, however small its gradient is.)
+# Now the course's base model, pre-trained on code, tuned on docstrings by LoRA on the embedding alone: $r = 8$, 40
+# steps of Adam. To compare fairly, the factor that is not zero is drawn from $N(0, 1)$ in both, so that Adam's first
+# step moves a row that was seen equally far. (Adam divides each gradient by its usual size, so a number moves by about
+# one learning rate a step, however small its gradient is.)
 
 # %%
 explore.predict(
@@ -382,12 +382,12 @@ plots.show(
 )
 
 # %% [markdown]
-# Started at $A = 0$, rows never seen stay exactly where they were. Started at $B = 0$, they move on average as far as
-# those that were seen. (Rows seen also move two to three times as far as from $A = 0$: $B$ moves at every step, a row of
-# $A$ only when its token comes up.) The text has shown about three tokens in ten. Code is written with all of them, and
-# suffers more from $B = 0$ at both learning rates: at 0.001 its loss rises three to six times as much, over three seeds.
-# On docstrings $A = 0$ is ahead as well; at 0.0003 by about 0.01 nats only, and who looks there alone may well see 'no
-# meaningful difference'.
+# When $A$ starts at zero, rows never seen stay exactly where they were. When $B$ does, they move on average as far as
+# those that were seen. (Rows seen also move two to three times as far as from $A = 0$: $B$ moves at every step, a row
+# of $A$ only when its token comes up.) The tuning text has had about three tokens of ten. Code uses the others, too,
+# and loses more from $B = 0$ at both learning rates: at 0.001 its loss rises three to six times as much, over three
+# seeds. On docstrings $A = 0$ is ahead as well. But at 0.0003 it is ahead by about 0.01 nats only, and a reader who
+# looks only there may see 'no meaningful difference'.
 #
 # Are the rows never seen the reason? Put just those back to $W$ and measure again.
 
@@ -402,18 +402,18 @@ assert 0.1 < 1 - rises[1] / rises[0] < 0.6
 
 # %% [markdown]
 # Both losses improve, also on the held-out docstrings, which have tokens that this little tuning text has not. But only
-# about three tenths of the harm on code are undone (one seed, rate 0.001): rows never seen are a part of it, and not the larger
-# one. The rest must lie in rows that *were* seen, and so in what each start lets a token learn. Here is an explanation
-# that we have not tested. In 40 steps at 0.001 Adam moves a number by 0.04 at most, or a little more. So the factor that began at
-# $N(0, 1)$ hardly changes, and the one that began at zero does the learning. With $A = 0$ every token finds its own $r$
-# coordinates, in $r$ fixed directions. With $B = 0$ the tokens keep random coordinates, and the 800 numbers of $B$ have
-# to serve all of them at once. So for this model and this task the first answer was the better one; the second can hold
-# where all inputs are in use at every step.
+# about three tenths of the harm on code are undone (one seed, rate 0.001): rows never seen are a part of it, and not
+# the larger one. The rest must lie in rows that *were* seen, and so in what each start lets a token learn. Here is an
+# explanation that we have not tested. In 40 steps at 0.001 Adam moves a number by 0.04 at most, or a little more. So
+# the factor that began at $N(0, 1)$ hardly changes, and the one that began at zero does the learning. With $A = 0$
+# every token finds its own $r$ coordinates, in $r$ fixed directions. With $B = 0$ the tokens keep random coordinates,
+# and the 800 numbers of $B$ have to serve all of them at once. So for this model and this task the first answer was the
+# better one; the second can hold where all inputs are in use at every step.
 #
 # A factor from $N(0, 1)$ has one more consequence. Adam's first step moves each number of the zero factor by one
-# learning rate, whatever the gradient's size. How far that moves a *weight* depends on the other factor. In an embedding
-# that is $B \sim N(0, 1)$; in a linear layer it is $A \sim U(-1/\sqrt{d}, 1/\sqrt{d})$, whose standard deviation is
-# $1 / \sqrt{3 d}$. The gradients below are those of the base model on docstrings.
+# learning rate, whatever the gradient's size. How far that moves a *weight* depends on the other factor. In an
+# embedding that is $B \sim N(0, 1)$; in a linear layer it is $A \sim U(-1/\sqrt{d}, 1/\sqrt{d})$, whose standard
+# deviation is $1 / \sqrt{3 d}$. The gradients below are those of the base model on docstrings.
 
 # %%
 explore.predict(
@@ -449,7 +449,7 @@ explorer
 #
 # ## 4 · loralib's forward pass, line by line
 #
-# The package is installed; read its source where it lies. (`print(source)` in a cell of your own shows it: a dozen
+# The package is installed, so read its source there. (`print(source)` in a cell of your own shows it: a dozen
 # lines.)
 
 # %%
@@ -536,7 +536,7 @@ assert plain.norm(dim=1).max() > 1.51
 
 # %% [markdown]
 # **`max_norm`** is applied twice, to the rows of $W$ and to the rows of $A^\top$, in place. A *forward pass* rescales
-# the frozen table and clips the $r$ coordinates of a token, while the output may be as long as it likes. In ours the
+# the frozen table and clips the $r$ coordinates of a token, while nothing bounds the length of the output. In ours the
 # output's row is scaled down to `max_norm`, in a new tensor; $W$ and $A$ are never touched.
 
 # %%
@@ -561,12 +561,12 @@ print("loralib's backward pass with sparse=True", "raises RuntimeError" if crash
 assert crashed and ours.lora_A.grad.is_sparse
 
 # %% [markdown]
-# **`scale_grad_by_freq`** divides a token's gradient by its count in the batch (3 stands twice): a fair meaning for $A$,
-# the same in both, and none for $B$, which all tokens share.
+# **`scale_grad_by_freq`** divides a token's gradient by its count in the batch (3 stands twice): a fair meaning for
+# $A$, the same in both, and none for $B$, which all tokens share.
 #
 # **`sparse`** can't work in loralib (nor in PEFT). The gradient of $A^\top$ would be sparse in its rows; going back
 # through the transpose would make it sparse in its columns, and torch has no format for that. Stored as $(V, r)$, $A$
-# needs no transpose. That is worth more than it looks, as the next section counts.
+# needs no transpose. That is worth more than it seems: the next section counts it.
 #
 # ## 5 · What a step must move
 #
@@ -653,9 +653,9 @@ for name, layer in layers.items():
     )
 
 # %% [markdown]
-# What was watched is within 2 % of the formula for each. (It counts what each operation touches, as if nothing stayed in
-# the cache between two of them; with large batches little does.) Move the sliders: the vocabulary pushes three of the
-# bars, and leaves two alone.
+# What was watched is within 2 % of the formula for each. (It counts what each operation touches, as if nothing stayed
+# in the cache between two of them; with large batches little does.) Move the sliders: the vocabulary pushes three of
+# the bars, and leaves two alone.
 
 # %%
 explore.bytes_moved()
@@ -678,7 +678,7 @@ explore.bytes_moved()
 explore.predict(
     "At V = 400 000 and 512 tokens on this CPU: how many times as fast as loralib's is the step with a sparse gradient?",
     {
-        "about 60 times": "If bytes were all. But a step has dozens of operations, and starting each one takes microseconds.",
+        "about 60 times": "Yes, if bytes were all. But a step has dozens of operations, and starting each one takes microseconds.",
         "about 10 times": "Near what we measured on a quiet machine (9 times). The bytes win, but starting dozens of small operations takes its time too.",
         "equally fast": "That is about what comes out at V = 10 000, where starting the operations takes most of the time.",
     },
@@ -718,13 +718,14 @@ print(f"by the bytes: {by_bytes['loralib'] / by_bytes['ours, sparse']:.0f} times
 assert round(by_bytes["loralib"] / by_bytes["ours, sparse"]) == 60
 
 # %% [markdown]
-# Less than by the bytes, and at $V = 10\,000$ hardly anything: a step of a few hundred tokens has dozens of operations,
-# and starting one costs microseconds, however little it moves. Where the vocabulary is large the bytes win: the dense
-# ways take several times as long at 400 000 as at 10 000, and the sparse one grows far less.
+# The gain is smaller than the bytes say, and at $V = 10\,000$ there is hardly any: a step of a few hundred tokens has
+# dozens of operations, and starting one costs microseconds, however little it moves. Where the vocabulary is large the
+# bytes win: the dense ways take several times as long at 400 000 as at 10 000, and the sparse one grows far less.
 #
-# A sparse gradient needs an optimiser that takes it: SGD without momentum, or `SparseAdam`. `SparseAdam` moves only rows
-# of the present batch and is therefore *another method* than Adam, which goes on moving a row after its token was last
-# seen. `lora_edu.lora.pair_optimizers` gives `lora_A` the one and the rest the other.
+# A sparse gradient needs an optimiser that takes it: SGD without momentum, or `SparseAdam`. (With *momentum* a step
+# follows a running mean of the gradients. That mean has a number for every number of $A$, and it goes on moving rows
+# that have no gradient now.) `SparseAdam` moves only rows of the present batch and is therefore *another method* than
+# Adam, which also has such a mean. `lora_edu.lora.pair_optimizers` gives `lora_A` the one and the rest the other.
 #
 # ## 6 · When the head shares the table
 #
@@ -772,9 +773,9 @@ assert apart > 0.2 and same < 0.9
 # with $W$. Merged, the one table is $W + \Delta W$, and so they are also *written* with it. The adapter was trained for
 # the first, not for the second.
 #
-# Giving the embedding a table of its own mends it in memory. But a model whose config says 'tied' is tied again when it
-# is saved and loaded, and one of the two tables overwrites the other (huggingface/transformers #45127; PEFT's users know
-# it as huggingface/peft #1750). `add_lora` refuses, with the reason:
+# A table of its own for the embedding repairs this in memory. But a model whose config says 'tied' is tied again when
+# it is saved and loaded, and one of the two tables overwrites the other (huggingface/transformers #45127; PEFT's users
+# know it as huggingface/peft #1750). `add_lora` refuses, with the reason:
 
 # %%
 try:
@@ -797,8 +798,8 @@ assert not torch.equal(model.embedding.weight, model.head.weight)
 
 # %% [markdown]
 # `tied="separate"` says that you know: the embedding gets $\Delta W$, the head keeps $W$, merged or not. The price is a
-# second table while merged, and a model that must be saved as *untied*, or with its adapter apart. There is a third way,
-# in which both see $W + \Delta W$ from the start. Then it has to be trained so, and a row never read still gets a
+# second table while merged, and a model that must be saved as *untied*, or with its adapter apart. There is a third
+# way, in which both see $W + \Delta W$ from the start. Then it has to be trained so, and a row never read still gets a
 # gradient, from the head's softmax.
 
 # %% [markdown]
@@ -813,8 +814,8 @@ assert not torch.equal(model.embedding.weight, model.head.weight)
 # | ours in PyTorch | $6 n + 5 \rho + 2 i + b$ |
 # | one pass | $2 n + \rho + i + b$ |
 #
-# The last line reads each row once, keeps everything in registers, and writes the output once. First, is the table right?
-# `Watch` counts a forward pass of section 5's layers (in float32, so 4 bytes a number instead of 2).
+# The last line reads each row once, keeps everything in registers, and writes the output once. First, is the table
+# right? `Watch` counts a forward pass of section 5's layers (in float32, so 4 bytes a number instead of 2).
 
 # %%
 paper = look_up_bytes(N, d, r, each=4)
@@ -827,10 +828,10 @@ for name in ("loralib", "PEFT", "ours"):
 print(f"one pass {format_bytes(paper['one pass'])}, to be had by a kernel only")
 
 # %% [markdown]
-# A card has two speeds: bytes a second, from and to its memory, and operations a second. A pass that moves $Q$ bytes and
-# does $F$ operations takes at least the larger of $Q$ / bandwidth and $F$ / peak. Drawn over $F / Q$, the **operations a
-# byte**, this is a roof: a slope where bytes set the time, a flat top where operations do, and between them the ridge.
-# A look-up does $2 d (r + 1)$ operations a token.
+# A card has two speeds: bytes a second, from and to its memory, and operations a second. A pass that moves $Q$ bytes
+# and does $F$ operations takes at least the larger of $Q$ / bandwidth and $F$ / peak. Drawn over $F / Q$, the
+# **operations a byte**, this is a roof: a slope where bytes set the time, a flat top where operations do, and between
+# them the ridge. A look-up does $2 d (r + 1)$ operations a token.
 
 # %%
 explore.predict(
@@ -903,11 +904,12 @@ plots.show(
 
 # %% [markdown]
 # $W x$ is on the flat top of the roof, and LoRA's part on the slope: it reads $x$ again, writes $N d$ numbers of
-# $B (A x)$, and reads and writes such arrays three more times to add them. Two ways to lose less. *Summed in the product*:
-# the product with $B$ starts from $W x$ instead of from zero (`torch.addmm`), one write and two reads less. *One pass*: a
-# kernel that multiplies $x$ by $W$ and by $A$ while it is there, and adds before it writes. This is a limit on paper, for
-# one shape (16 384 tokens, 4096 × 4096, $r = 16$, bfloat16, an H100 as published). What `torch.compile` makes of the
-# chain has to be measured, and so has whether a kernel would pay: on a card `python tools/on_a_gpu.py` does both.
+# $B (A x)$, and reads and writes such arrays three more times to add them. Two ways to lose less. *Summed in the
+# product*: the product with $B$ starts from $W x$ instead of from zero (`torch.addmm`), one write and two reads less.
+# *One pass*: a kernel that multiplies $x$ by $W$ and by $A$ while it is there, and adds before it writes. This is a
+# limit on paper, for one shape (16 384 tokens, 4096 × 4096, $r = 16$, bfloat16, an H100 as published). What
+# `torch.compile` makes of the chain has to be measured, and so has whether a kernel would pay: on a card
+# `python tools/on_a_gpu.py` does both.
 #
 # ## 8 · The kernel, block by block
 #
@@ -958,8 +960,8 @@ places = mask.nonzero(as_tuple=True)
 assert torch.allclose(tile[places], right[t[places[0]], c[places[1]]], atol=1e-6)
 
 # %% [markdown]
-# Four places of 32 are real: at the edge a tile is mostly outside. Now the same in Triton, all five steps. (If Triton is
-# not installed, the next cell defines what is never run.)
+# Four places of 32 are real: at the edge a tile is mostly outside. Now the same in Triton, all five steps. (If Triton
+# is not installed, the next cell defines what is never run.)
 
 # %%
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1071,8 +1073,8 @@ assert said.endswith(recorded)
 # ### Break a mask
 #
 # Two ways to be wrong. Leave out the mask on the **rank**, and the kernel loads 16 numbers where a token has $r = 3$.
-# Leave out the mask on the **batch**, and the kernel writes behind the end of the output. So that nothing is harmed, all
-# tensors below lie in larger ones of our own.
+# Leave out the mask on the **batch**, and the kernel writes behind the end of the output. So that nothing is harmed,
+# all tensors below lie in larger ones of our own.
 
 # %%
 explore.predict(
@@ -1118,13 +1120,13 @@ assert said.endswith(recorded)
 
 # %% [markdown]
 # **Why.** Row 7 of $A$ is followed by row 8, and that by row 9: the padded product took the coordinates of more than
-# five tokens for those of one. To mask only $A$ or only $B$ would do, as 0 times anything is 0, until the other one
-# reads a NaN: 0 · NaN is NaN. The second mistake is worse, because the output looks right: some other tensor has lost
-# its numbers.
+# five tokens for those of one. It would be enough to mask only $A$ or only $B$, as 0 times a number is 0, unless the
+# other one reads a NaN: 0 · NaN is NaN. The second mistake is worse, because the output looks right: some other tensor
+# has lost its numbers.
 #
 # ### The package's kernel
 #
-# It is these five steps, and what the real world adds. Its source as installed:
+# It has these five steps, and what real use needs besides. Here is its source as installed:
 
 # %%
 source = Path(inspect.getfile(LoRAEmbedding)).with_name("triton_kernels.py").read_text(encoding="utf-8")
@@ -1133,7 +1135,7 @@ body = forward[forward.index("    column_blocks: ") : forward.rindex("@triton.ji
 print(textwrap.dedent(body))
 
 # %% [markdown]
-# What it has more than ours:
+# It has more than ours:
 #
 # - offsets of 64 bits, as a table of 256 000 × 16 384 has more than $2^{31}$ numbers;
 # - the rank in pieces of 16 or 32, so that $r = 256$ still fits into the registers;
@@ -1145,8 +1147,8 @@ print(textwrap.dedent(body))
 # - the padding row, for which $A$ is not read, and an unknown id, which reads nothing and makes its row **NaN**;
 # - switches for what only a card can decide: the order of the tiles, programs that make several, hints to the cache.
 #
-# The NaN is for CUDA. A CPU's look-up refuses an id outside the vocabulary. On a GPU nobody looks, unless one asks for
-# it: `LoRAEmbedding(check_tokens=True)`, the default, looks first and raises an error that names the id. That is a
+# The NaN is for CUDA. A CPU's look-up refuses an id outside the vocabulary. On a GPU nothing checks it, unless you ask
+# for it: `LoRAEmbedding(check_tokens=True)`, the default, looks first and raises an error that names the id. That is a
 # pass over the ids, and a wait until the GPU has done all that it was given before. Without it (`check_tokens=False`,
 # for `torch.compile` and CUDA graphs) a wrong id gives NaN and never another row's numbers.
 
@@ -1182,12 +1184,12 @@ assert said.endswith(recorded)
 # $s \, G^\top A[\text{tokens}]$ for $B$. PyTorch does one after the other, and reads $G$ twice.
 #
 # Ours reads it once. A program owns `BLOCK_D` *columns* of $G$ and walks down its share of the tokens. It has loaded
-# these columns' rows of $B$ before it starts, and it keeps *their* gradient in registers until it has arrived: that is
-# all of $B$'s part. Each block of tokens that it passes gives a piece of the rows for $A$, over these columns only;
-# other programs add theirs.
+# these columns' rows of $B$ before it starts, and it keeps *their* gradient in registers until it has passed all of its
+# tokens: that is all of $B$'s part. Each block of tokens that it passes gives a piece of the rows for $A$, over these
+# columns only; other programs add theirs.
 #
-# 'Add theirs' hides a choice. Additions by whoever comes first (*atomic*) are fast, need no memory, and come in another
-# order each time. And in floating-point numbers order matters.
+# 'Add theirs' hides a choice. Additions in order of arrival (*atomic*) are fast and need no memory, but the order is
+# another one each time. And in floating-point numbers order matters.
 
 # %%
 explore.predict(
@@ -1208,10 +1210,10 @@ assert (big + one) - big != (big - big) + one
 # So `lora_embedding(…, deterministic=True)` lets each program write a result of its own, to be summed in a fixed order
 # afterwards: the same bits every time, for more memory.
 #
-# The rows are then brought home. Token 3 may stand in 65 536 places, and its row in $A$'s gradient is the sum over them.
-# If all of them added to that one row by atomic additions, they would queue for it. Sorting the ids first, and
-# summing neighbours in a fixed order, takes as long for one token as for many; PyTorch has that operation, and an
-# $(N, r)$ array is small. With `sparse=True` even this is left to the optimiser.
+# Then the rows have to be added up for each token. Token 3 may stand in 65 536 places, and its row in $A$'s gradient is
+# the sum over them. If all of them added to that one row by atomic additions, each would have to wait for the others.
+# Sorting the ids first, and summing neighbours in a fixed order, takes as long for one token as for many; PyTorch has
+# that operation, and an $(N, r)$ array is small. With `sparse=True` even this is left to the optimiser.
 
 
 # %%
@@ -1240,12 +1242,12 @@ assert said.endswith(recorded)
 # %% [markdown]
 # ### Measured?
 #
-# What has been checked without a GPU: the same source, on Triton's interpreter, agrees with float64 in hundreds of cases
-# (shapes, dtypes, options); and Triton compiles it for an H100 into machine code that spills no register, loads 16 bytes
-# a thread and uses the tensor cores for half precision (`tests/lora/compiled_kernels.py` prints what each kernel takes).
-# What only a card can tell: the share of a copy's speed, the time beside loralib, PEFT and `torch.compile`, which tiles
-# are best, and what `check_tokens` costs. One command asks for all of it; the cell shows what it found, or that it has
-# not been run.
+# What has been checked without a GPU: the same source, on Triton's interpreter, agrees with float64 in hundreds of
+# cases (shapes, dtypes, options); and Triton compiles it for an H100 into machine code that spills no register, loads
+# 16 bytes a thread and uses the tensor cores for half precision (`tests/lora/compiled_kernels.py` prints what each
+# kernel takes). What only a card can tell: the share of a copy's speed, the time beside loralib, PEFT and
+# `torch.compile`, which tiles are best, and what `check_tokens` costs. One command asks for all of it; the cell shows
+# what it found, or that it has not been run.
 
 # %% tags=["nbval-ignore-output"]
 record = REPOSITORY / "benchmarks" / "results" / "gpu_embedding.json"
@@ -1292,8 +1294,8 @@ answer = 16 / 3 * lora_B @ lora_A[:, 7]
 print(exercises.check_06_1(answer))
 
 # %% [markdown] tags=["exercise"]
-# **2.** A fresh `LoRAEmbedding` of 20 tokens with `padding_idx=0` gets the batch [[3, 7, 3, 0], [7, 0, 12, 3]]. After the
-# first backward pass: how many rows of `lora_A`'s gradient are not zero?
+# **2.** A fresh `LoRAEmbedding` of 20 tokens with `padding_idx=0` gets the batch [[3, 7, 3, 0], [7, 0, 12, 3]]. After
+# the first backward pass: how many rows of `lora_A`'s gradient are not zero?
 
 # %% tags=["exercise"]
 answer = None  # a number of rows
@@ -1398,8 +1400,8 @@ def added_bytes(N, d, r):
 print(exercises.check_06_7(added_bytes))
 
 # %% [markdown] tags=["exercise"]
-# **8.** $A$ is stored as $(V, 3)$, row after row. The kernel loads token 7's row at `A + 7 * 3 + k` for $k$ = 0 … 15, and
-# its mask on the rank is left out. Which entry of $A$, (row, column), does it read at $k = 4$?
+# **8.** $A$ is stored as $(V, 3)$, row after row. The kernel loads token 7's row at `A + 7 * 3 + k` for $k$ = 0 … 15,
+# and its mask on the rank is left out. Which entry of $A$, (row, column), does it read at $k = 4$?
 
 # %% tags=["exercise"]
 answer = None  # (row, column), both counted from 0
@@ -1422,4 +1424,4 @@ print(exercises.check_06_8(answer))
 #   2019), and the tutorials of triton-lang.org.
 # - Others' kernels: axolotl's `LoRA_Embedding` writes the backward pass by hand, over PyTorch's operations; sglang's
 #   `embedding_lora_a_fwd` looks up $A$ in Triton, for inference.
-# - Here: chapter 04, what the embedding costs; chapter 03, where Adam writes though nobody reads.
+# - Here: chapter 04, what the embedding costs; chapter 03, on the rows that Adam moves although no token reads them.
