@@ -5,7 +5,7 @@ Not for training itself: `lora_edu.training.fit` trains whatever these leave tra
 
 from .applied import applied
 from .bitfit import bitfit, remove_bitfit
-from .bottleneck import bottleneck, remove_bottleneck
+from .bottleneck import Bottleneck, bottleneck, remove_bottleneck
 from .files import load_tuned, save_tuned, stored_parameters, trained_parameters
 from .frozen_A import frozen_A
 from .ia3 import fold_ia3, ia3, remove_ia3
@@ -15,6 +15,7 @@ from .prompt_tuning import prompt_tuning, remove_prompt_tuning
 from .subspace import Subspace, adjoint, project, remove_subspace, sparse_projection, subspace
 
 __all__ = [
+    "Bottleneck",
     "Subspace",
     "adjoint",
     "applied",
