@@ -41,10 +41,15 @@ DIMENSIONS = {
     "blocks": (10_000, 100_000, SIZES["blocks"]),
 }
 WEIGHT_RATES = (3e-3, 6e-3, 1.2e-2)
-FURTHER = {("all", 1_000): (1.5e-3, 7.5e-4), ("blocks", 10_000): (2.4e-2,), ("blocks", 100_000): (2.4e-2,)}
+FURTHER = {("all", 1_000): (1.5e-3,), ("blocks", 10_000): (2.4e-2,), ("blocks", 100_000): (2.4e-2,)}
 NARROW = 1.4  # seeds of full tuning move d₉₀ by about as much
-FROZEN_RATES = {8: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2), 64: (3e-3, 6e-3, 1.2e-2, 2.4e-2)}  # by rank
+FROZEN_RATES = {  # by rank and targets
+    (8, "all"): (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2),
+    (64, "all"): (3e-3, 6e-3, 1.2e-2, 2.4e-2),
+    (8, "blocks"): (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2, 0.192),
+}
 TARGET_RATES = (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
+FURTHER_TARGETS = {"head": (9.6e-2,)}
 BUDGET = {  # some 80 000 parameters each
     "embedding": 8,
     "head": 8,
@@ -92,8 +97,8 @@ def subspaces() -> list[dict]:
     ]
     frozen = [
         run_of(method="frozen A", rank=r, targets=targets, rate=rate)
-        for r, targets in ((8, "all"), (64, "all"), (8, "blocks"))
-        for rate in FROZEN_RATES[r]
+        for (r, targets), rates in FROZEN_RATES.items()
+        for rate in rates
     ]
     return random + frozen
 
@@ -133,32 +138,28 @@ def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict
 
 
 def draws(rows: Iterable[Mapping]) -> list[dict]:
-    """Two more draws of P (and of the order of the batches) at the two ends of every interval that holds a d₉₀."""
-    rows, asked = list(rows), []
-    for scope in DIMENSIONS:
-        known = by_dimension(rows, scope)
-        for level in levels(_base_accuracy(), known[SIZES[scope]]["accuracy"]).values():
-            for d in around(known, level):
-                asked += [
-                    run | {"seed": s} for s in SEEDS[1:] for run in _subspace(scope, d, WEIGHT_RATES[1:2])
-                ]
-    return asked
+    """Another draw of P (and another order of the batches) at the ends of the interval that holds d₉₀ of the
+    performance, of all weights."""
+    known = by_dimension(list(rows), "all")
+    level = levels(_base_accuracy(), known[SIZES["all"]]["accuracy"])["performance"]
+    return [
+        run | {"seed": SEEDS[1]}
+        for d in around(known, level)
+        for run in _subspace("all", d, WEIGHT_RATES[1:2])
+    ]
 
 
 def cuts() -> list[dict]:
-    """Full tuning, and LoRA at two large ranks, whose ΔW is cut to every rank: each rank may choose its rate."""
-    full = [run_of(method="full", rate=rate, embedding=1.0) for rate in (7.5e-4, *FULL_RATES)]
-    large = [run_of(rank=64, rate=rate) for rate in LORA_RATES[64]]
-    return full + large + [run_of(rank=16, rate=0.015)]
+    """Full tuning, and LoRA at rank 64, whose ΔW is cut to every rank: each rank may choose its rate."""
+    full = [run_of(method="full", rate=rate, embedding=1.0) for rate in (3.75e-4, 7.5e-4, *FULL_RATES)]
+    return full + [run_of(rank=64, rate=rate) for rate in LORA_RATES[64][:3]]
 
 
 def spreads() -> list[dict]:
-    """LoRA with more ranks in the blocks than in the two tables, in whole runs: BUDGET's and twice it."""
-    return [
-        run_of(rank={name: times * r for name, r in BUDGET["all"].items()}, rate=rate)
-        for times in (1, 2)
-        for rate in (1.2e-2, 2.4e-2)
-    ]
+    """LoRA with more ranks in the blocks than in the two tables, in whole runs: BUDGET's and twice it, at the rate
+    that is best for BUDGET's in short ones."""
+    ranks = [{name: times * r for name, r in BUDGET["all"].items()} for times in (1, 2)]
+    return [run_of(rank=each, rate=2.4e-2) for each in ranks]
 
 
 def scaling(rows: Iterable[Mapping]) -> list[dict]:
@@ -180,28 +181,29 @@ def scaling(rows: Iterable[Mapping]) -> list[dict]:
 
 
 def targets() -> list[dict]:
-    """Short runs: some 80 000 parameters spent on different matrices, three rates each."""
+    """Short runs: some 80 000 parameters spent on different matrices, four rates each or five."""
     return [
         run_of(
             rank=rank, targets=name, rate=rate, embedding=1.0 if name == "embedding" else 1 / 3, steps=SHORT
         )
         for name, rank in BUDGET.items()
-        for rate in TARGET_RATES
+        for rate in (*TARGET_RATES, *FURTHER_TARGETS.get(name, ()))
     ]
 
 
 def scarce(rows: Iterable[Mapping]) -> list[dict]:
-    """Little text: full tuning and LoRA, stopped early, at the rate tuned on plenty of it, a third and a ninth."""
+    """Little text: full tuning and LoRA, stopped early, at the rate tuned on plenty of it, a third and a ninth; and a
+    27th on the manual, where a ninth was the best for full tuning and rank 8."""
     full = tuned_full(rows)
     methods = [
         ({"method": "full", "embedding": full["embedding"]}, full["rate"]),
         *(({"rank": r}, rate_for(rows, r)) for r in (1, 8)),
     ]
+    asked = [(text, 3.0**-k, *method) for text in SCARCE for k in (2, 1, 0) for method in methods]
+    asked += [("manual", 1 / 27, *method) for method in (methods[0], methods[2])]
     return [
         run_of(text=text, rate=float(f"{rate * factor:.3g}"), steps=150, patience=2, **settings)
-        for text in SCARCE
-        for factor in (1 / 9, 1 / 3, 1.0)
-        for settings, rate in methods
+        for text, factor, settings, rate in asked
     ]
 
 
@@ -211,7 +213,7 @@ def planted() -> list[dict]:
         run_of(text="planted", rank=r, targets="block 3", rate=rate, steps=400)
         for rate in (3e-3, 1e-2, 3e-2)
         for r in (1, 2, 4)
-    ]
+    ] + [run_of(text="planted", rank=1, targets="block 3", rate=0.1, steps=400)]
 
 
 def short() -> list[dict]:
