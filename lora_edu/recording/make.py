@@ -39,7 +39,7 @@ from lora_edu.training import Batches, evaluate, fit
 LAYERS = 6
 BASE_STEPS, BASE_RATE = 3200, 4e-3
 TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2)
-SGD_RATES = (0.1, 0.3, 1.0)
+SGD_RATES = (0.3, 1.0)
 PLANTED = {"matrix": "blocks.3.mlp.up.weight", "rank": 2, "relative_norm": 0.5, "steps": 800, "rate": 3e-3}
 ADAPTERS = {f"reference_r{rank}": (rank, 0) for rank in (1, 2, 4, 8, 16)} | {"reference_r8_seed_1": (8, 1)}
 STAGES = (
