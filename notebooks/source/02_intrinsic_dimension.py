@@ -766,7 +766,9 @@ print("                      numbers   frozen A: nats, right   random subspace o
 for (name, rank), row in sorted(rivals.items()):
     same = interpolated(chosen[name], row["parameters"])
     beside[name, rank] = row["accuracy"] - same
-    print(f"{name:13}r = {rank:2}{row['parameters']:11,}{row['test']:16.2f}{row['accuracy']:8.1%}{same:20.1%}")
+    print(
+        f"{name:13}r = {rank:2}{row['parameters']:11,}{row['test']:16.2f}{row['accuracy']:8.1%}{same:20.1%}"
+    )
 
 # %%
 assert -0.035 < beside["all weights", 8] < -0.01 and -0.015 < beside["blocks alone", 8] < 0.01
