@@ -29,7 +29,7 @@ from lora_edu.data import corpus, published, shipped
 from lora_edu.data.runs import SETTINGS, best, name_of
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
-from lora_edu.recording import analysis, deltas, ngrams, regimes, sweeps
+from lora_edu.recording import analysis, deltas, mixtures, ngrams, regimes, sweeps
 from lora_edu.recording import published as published_figures
 from lora_edu.recording.run import TARGETS, base_losses, divergence_from, record, record_all, tolerance
 from lora_edu.recording.run import check as run_again
@@ -55,6 +55,7 @@ STAGES = (
     "analysis",
     "adapters",
     "second_text",
+    "mixtures",
     "regimes",
     "published",
     "deltas",
@@ -74,6 +75,12 @@ CONSTANTS: dict[str, tuple] = {
     "planted": (PLANTED,),
     "adapters": (ADAPTERS,),
     "second_text": (SECOND_TEXT,),
+    "mixtures": (
+        mixtures.ADAPTERS,
+        mixtures.pairs(),
+        (mixtures.WINDOWS, mixtures.CONTEXT),
+        (mixtures.PROMPT, mixtures.WRITTEN, mixtures.TEMPERATURE, mixtures.SEED),
+    ),
     "regimes": (
         regimes.BATCH,
         regimes.wanted(),
@@ -87,6 +94,7 @@ CONSTANTS: dict[str, tuple] = {
 NEEDS = {
     "losses": ("tune",),
     "planted_lora": ("planted",),
+    "mixtures": ("adapters", "second_text"),
 }  # stages whose files one builds on, beside the base's
 
 
@@ -317,6 +325,13 @@ class Maker:
             parameters[adapter], runs[adapter] = self._ship_adapter(adapter, run), row["name"]
         return {"parameters": parameters, "runs": runs}
 
+    def mixtures(self) -> dict:
+        """Two of the adapters mixed on a grid of weights: losses on three texts, and what is written."""
+        rows = list(mixtures.record_all(mixtures.pairs(), lambda each: tqdm(each, "mixtures", leave=False)))
+        write_atomically(self.out / "mixtures.json", mixtures.packed(rows))
+        self.describe("mixtures.json", "two adapters mixed: losses on three texts for each pair of weights")
+        return {"rows": len(rows)}
+
     def _ship_adapter(self, adapter: str, run: Mapping) -> int:
         """Write a recorded run of LoRA as adapters/NAME in half precision; returns how many numbers it has."""
         name = name_of(run)
@@ -397,9 +412,7 @@ class Maker:
     def _wanted(self, stage: str, rows: list[dict]) -> list[dict]:
         """The runs that a stage of the sweeps asks for, given the rows so far, and that are not among them."""
         truncated = lambda row: (
-            row["method"] not in sweeps.TRUNCATED.get(stage, ())
-            or row["test"] is None
-            or "truncated" in row
+            row["method"] not in sweeps.TRUNCATED.get(stage, ()) or row["test"] is None or "truncated" in row
         )
         done = {row["name"] for row in rows if truncated(row)}
         return [run for run in self._asked(stage, rows) if name_of(run) not in done]
