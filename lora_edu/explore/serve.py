@@ -132,10 +132,11 @@ def rounded_away(
             left, [way.replace(", ", ",\n") for way in gain], shares, [colours[way] for way in gain], texts
         )
         left.set(xlim=(0, 1.45), xticks=[0, 0.5, 1], xlabel="share of the gain", title="left of the gain")
-        words = "; ".join(
-            f"{way}: error {swallowed[way][size]:.2f} ‖ΔW‖, {gain[way][size]:.0%} of the gain" for way in gain
-        )
-        return f"‖ΔW‖ is {size:.2g} of ‖W‖. {words}."
+        words = [
+            f"{way}: error {swallowed[way][size]:.2f} ‖ΔW‖, {share:.0%} of the gain"
+            for way, share in ((way, gain[way][size]) for way in gain)
+        ]
+        return f"‖ΔW‖ is {size:.2g} of ‖W‖. {'; '.join(words)}."
 
     return Explorer(
         draw,
