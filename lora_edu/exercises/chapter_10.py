@@ -63,7 +63,7 @@ def _average_problem(update: Tensor, parts: list, rank: int) -> str:
         B, A = (sum(pair[side] for pair in parts) / len(parts) for side in (0, 1))
         if same(update, B @ A):
             return "that averages the factors, which brings in B₁A₂ and B₂A₁: nobody trained these."
-    if same(update, mean / len(parts)):
+    if same(update, lowrank.truncate(mean, rank) / len(parts)):
         return "it is divided twice: once in B and once in A."
     off = float((update - lowrank.truncate(mean, rank)).norm() / mean.norm())
     return f"another update of that rank is nearer to the mean; yours is {off:.0%} of ‖mean‖ away from it."
@@ -87,13 +87,13 @@ def check_10_2(answer: object) -> str:
         number = _number(got)
         if number == right:
             continue
-        wrongs = {
-            _first(S, share): "that sums σ. Energy is Σσ²; Σσ is the nuclear norm.",
+        wrongs = {  # where two mistakes give one number, the last one is named
+            _first(torch.linalg.svdvals(A).square(), share): "those are the singular values of A alone.",
+            _first(torch.linalg.svdvals(B).square(), share): "those are the singular values of B alone.",
             right
             + 1: "one too many: the first rank whose cumulative share is high enough is meant, counted from 1.",
             right - 1: "one too few. Do you count from 0?",
-            _first(torch.linalg.svdvals(B).square(), share): "those are the singular values of B alone.",
-            _first(torch.linalg.svdvals(A).square(), share): "those are the singular values of A alone.",
+            _first(S, share): "that sums σ. Energy is Σσ²; Σσ is the nuclear norm.",
         }
         why = wrongs.get(number, f"Hint: {hint}") if number is not None else "the answer is one whole number."
         return f"Exercise 2: not yet: for {share:.0%} of the energy it gives {_shown(got)}: {why}"
@@ -113,11 +113,11 @@ def check_10_3(answer: object) -> str:
     hint = "one list of all directions of all matrices, sorted by σ² / (m + n); take from the top what fits."
     if refused := no_function(3, answer, "spectra, sides, budget", hint):
         return refused
-    sides = {"table": (100, 10), "square": (10, 10), "wide": (10, 40)}
-    for _ in range(4):
+    sides = {"table": (100, 10), "square": (10, 10), "thin": (60, 4)}
+    for _ in range(12):
         spectra = {
-            name: 3 * torch.rand(8, dtype=torch.float64).add(0.05).sort(descending=True).values
-            for name in sides
+            name: 3 * torch.rand(min(each), dtype=torch.float64).add(0.05).sort(descending=True).values
+            for name, each in sides.items()
         }
         spectra["table"] *= 1.5
         budget = 630
@@ -126,7 +126,8 @@ def check_10_3(answer: object) -> str:
         except Exception as error:
             return f"Exercise 3: not yet: it raises {type(error).__name__}: {error}"
         if not isinstance(got, Mapping) or set(got) != set(sides):
-            return f"Exercise 3: not yet: return a dictionary with a rank for each of {', '.join(sides)}; got {_shown(got)}."
+            names = ", ".join(sides)
+            return f"Exercise 3: not yet: return a dictionary with a rank for each of {names}; got {_shown(got)}."
         ranks = {name: _number(rank) for name, rank in got.items()}
         if None in ranks.values():
             return f"Exercise 3: not yet: each rank is a whole number; got {_shown(dict(got))}."
@@ -182,7 +183,7 @@ def check_10_4(answer: object) -> str:
     hint = "merge in W's dtype, subtract W in float32, multiply entry by entry with ΔW, sum, divide by Σ ΔW²."
     if refused := no_function(4, answer, "W, update", hint):
         return refused
-    for dtype, size in ((torch.bfloat16, 0.001), (torch.float16, 0.0003), (torch.bfloat16, 0.1)):
+    for dtype, size in ((torch.bfloat16, 0.003), (torch.float16, 0.0003), (torch.bfloat16, 0.1)):
         W, update = (each.float() for each in _normal((60, 50), (60, 50)))
         W = W.to(dtype)
         update *= size * W.float().norm() / update.norm()
