@@ -767,3 +767,138 @@ print(
 print(f"three merged copies:        {3 * model_bytes:,} bytes")
 assert pool.adapter_bytes() == 4 * 31_000 * (8 + 8 + 2)
 pool.remove()
+
+# %% [markdown]
+# REMEMBER
+
+# %% [markdown]
+# ## Exercises
+#
+# The first five answers are functions: put yours in place of `None` and run the cell. The checks try them on matrices that
+# are drawn anew each time.
+
+# %% [markdown] tags=["exercise"]
+# **1.** Three colleagues have tuned the same model, and the server has room for one adapter of rank $r$. Write
+# `average(parts, rank)` for a list of $(B, A, s)$, whose ranks may differ: return $(B, A)$ of that rank, with $s = 1$, such
+# that $B A$ is as near as it can be to the mean of the updates $s_i B_i A_i$.
+
+# %% tags=["exercise"]
+average = None  # def average(parts, rank): ...
+print(exercises.check_10_1(average))
+
+
+# %% tags=["solution"]
+def average(parts, rank):
+    wide_B = torch.cat([s * B for B, _, s in parts], dim=1) / len(parts)
+    wide_A = torch.cat([A for _, A, _ in parts])
+    U, S, Vh = lowrank.svd(wide_B @ wide_A)
+    return U[:, :rank] * S[:rank], Vh[:rank]
+
+
+print(exercises.check_10_1(average))
+
+# %% [markdown] tags=["exercise"]
+# **2.** Write `enough(B, A, share)`: the smallest rank at which the best cut of $B A$ keeps this share of its energy. Large
+# layers must not make it slow: no matrix of the size of $\Delta W$.
+
+# %% tags=["exercise"]
+enough = None  # def enough(B, A, share): ...
+print(exercises.check_10_2(enough))
+
+
+# %% tags=["solution"]
+def enough(B, A, share):
+    shares = lowrank.energy(spectrum(B, A, 1.0))
+    return int((shares < share).sum()) + 1
+
+
+print(exercises.check_10_2(enough))
+
+# %% [markdown] tags=["exercise"]
+# **3.** Write `spend(spectra, sides, budget)`: `spectra` has the singular values of each matrix, largest first, `sides` its
+# $(m, n)$. Return the rank of each, so that the budget of numbers keeps the most energy: the next direction is always the
+# one with the largest $\sigma^2 / (m + n)$. When a matrix's next direction does not fit any more, that matrix is done.
+
+# %% tags=["exercise"]
+spend = None  # def spend(spectra, sides, budget): ...
+print(exercises.check_10_3(spend))
+
+
+# %% tags=["solution"]
+def spend(spectra, sides, budget):
+    worth = [(float(s) ** 2 / sum(sides[name]), name) for name, S in spectra.items() for s in S]
+    ranks, done = dict.fromkeys(spectra, 0), set()
+    for _, name in sorted(worth, reverse=True):
+        if sum(sides[name]) > budget:
+            done.add(name)
+        if name not in done:
+            ranks[name], budget = ranks[name] + 1, budget - sum(sides[name])
+    return ranks
+
+
+print(exercises.check_10_3(spend))
+
+# %% [markdown] tags=["exercise"]
+# **4.** Write `kept_along(W, update)`: `update`, in float32, is merged into $W$ in the dtype of $W$, to the nearest. How much
+# of it is there along itself, $\langle \text{merged} - W, \Delta W \rangle / \lVert \Delta W \rVert^2$?
+
+# %% tags=["exercise"]
+kept_along = None  # def kept_along(W, update): ...
+print(exercises.check_10_4(kept_along))
+
+
+# %% tags=["solution"]
+def kept_along(W, update):
+    changed = (W.float() + update).to(W.dtype).float() - W.float()
+    return float((changed * update).sum() / update.square().sum())
+
+
+print(exercises.check_10_4(kept_along))
+
+# %% [markdown] tags=["exercise"]
+# **5.** `ManyAdapters` copies the factors of each row's adapter. Write `added(x, A, B, rows)` without that: `x` is (rows,
+# tokens, in), `A` ($n$, $r$, in) and `B` ($n$, out, $r$) are stacks with $s$ in `B`, `rows` is a list with the adapter of each
+# row, $-1$ for none. Return what is added to the layer's output, (rows, tokens, out).
+
+# %% tags=["exercise"]
+added = None  # def added(x, A, B, rows): ...
+print(exercises.check_10_5(added))
+
+
+# %% tags=["solution"]
+def added(x, A, B, rows):
+    out = x.new_zeros(*x.shape[:2], B.shape[1])
+    for number in set(rows) - {-1}:
+        mine = [place for place, row in enumerate(rows) if row == number]
+        out[mine] = x[mine] @ A[number].T @ B[number].T
+    return out
+
+
+print(exercises.check_10_5(added))
+
+# %% [markdown] tags=["exercise"]
+# **6.** A GPU has 24 GB (24 · 10⁹ bytes). It serves Llama 3.1 8B in bfloat16, 8 030 261 248 numbers, and the cache of the
+# conversations takes 4 GB. How many adapters of $r = 16$ on all linear layers, 41 943 040 numbers each and in bfloat16, fit
+# into what is left?
+
+# %% tags=["exercise"]
+adapters_that_fit = None
+print(exercises.check_10_6(adapters_that_fit))
+
+# %% tags=["solution"]
+free = 24 * 10**9 - 4 * 10**9 - 2 * 8_030_261_248
+adapters_that_fit = free // (2 * 41_943_040)
+print(exercises.check_10_6(adapters_that_fit))
+
+# %% [markdown]
+# ## Where to read on
+#
+# - Ilharco et al. 2023, *Editing Models with Task Arithmetic* (arXiv 2212.04089): adding and negating the updates of fully
+#   tuned models.
+# - Chen et al. 2023, *Punica: Multi-Tenant LoRA Serving* (arXiv 2310.18547), and Sheng et al. 2023, *S-LoRA: Serving
+#   Thousands of Concurrent LoRA Adapters* (arXiv 2311.03285): batches of mixed adapters on a GPU, and where to keep those
+#   that wait.
+# - Eckart and Young 1936, *The approximation of one matrix by another of lower rank*: chapter 01 has the proof's idea.
+# - Gupta et al. 2015, *Deep Learning with Limited Numerical Precision* (arXiv 1502.02551): stochastic rounding in training.
+# - Kalajdzievski 2023, *A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA* (arXiv 2312.03732): what the
+#   published pair of section 4 differs in, beside the rank.
