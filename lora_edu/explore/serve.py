@@ -124,7 +124,7 @@ def rounded_away(
         )
         lost.invert_xaxis()
         lost.legend(loc="upper left")
-        plots.plain_ticks(lost.xaxis, sizes[::2])
+        plots.plain_ticks(lost.xaxis, (0.1, 0.01, 0.001))
         lost.set_title("swallowed, in norm")
         shares = [max(gain[way][size], 0.0) for way in gain]
         texts = [f"{gain[way][size]:.0%}" for way in gain]
