@@ -11,6 +11,7 @@ from lora_edu import plots
 from lora_edu.explore.explorer import Explorer
 
 QUOTED = 60  # characters of a text that the sentence under its picture repeats
+COLUMNS = 44  # of the page beside the bars
 
 
 def spent_by_rule(
@@ -166,12 +167,14 @@ def two_adapters(
     def draw(figure: Figure, one: float, other: float) -> str:
         page, bars = figure.subplots(1, 2, width_ratios=[1.75, 1])
         here = losses[one, other]
-        plots.page_of_text(page, texts[one, other], f"{names[0]} × {one:g}, {names[1]} × {other:g}", prompt)
+        title = f"{names[0]} × {one:g}, {names[1]} × {other:g}"
+        plots.page_of_text(page, texts[one, other], title, prompt, columns=COLUMNS)
         colours = [plots.BLUE if here[name] <= base[name] else plots.VERMILION for name in here]
-        plots.bars(bars, list(here), list(here.values()), colours, [f"{loss:.2f}" for loss in here.values()])
+        named = [f"{name}\n{loss:.2f}" for name, loss in here.items()]
+        plots.bars(bars, named, list(here.values()), colours, [""] * len(here))
         for row, name in enumerate(here):
             bars.plot([base[name]] * 2, [row - 0.42, row + 0.42], color=plots.BLACK, linewidth=2)
-        bars.set(xlim=(0, 1.2 * highest), xlabel="held-out loss, nats a token", title="black: the base")
+        bars.set(xlim=(0, 1.05 * highest), xlabel="held-out loss, nats a token", title="black: the base")
         said = ", ".join(f"{name} {loss:.2f} ({loss - base[name]:+.2f})" for name, loss in here.items())
         begins = " ".join(texts[one, other].removeprefix(prompt).split())[:QUOTED]
         return (
