@@ -112,8 +112,8 @@ for rank in (1, 2, 4, 8, 16):
 assert 0.09 < 504_872 / of_base < 0.095
 
 # %% [markdown]
-# One direction costs $\sum (m + n)$ numbers over all matrices, here 31 000. There are no names of programs in the file and
-# no code, so that it opens everywhere: PEFT computes the same with it.
+# One direction costs $\sum (m + n)$ numbers over all matrices, here 31 000. The file holds names, shapes and numbers,
+# and no code, so that any program can open it. PEFT computes the same with it:
 
 # %% tags=["nbval-ignore-output"]
 from peft import PeftModel
@@ -394,6 +394,27 @@ for row in sorted(rows, key=lambda row: (-row["rank"], row["rate"])):
 best = {rank: min(losses, key=losses.get) for rank, losses in on_validation.items()}
 explore.high_then_cut(high, low, untuned, best)
 
+# %%
+print("loss of the cut minus loss of the trained one; above 0, training low is better")
+for (rank, rate), cuts in high.items():
+    same = {k: cuts[k] - low[k][rate] for k in sorted(cuts) if k < rank and rate in low[k]}
+    tuned = {k: cuts[k] - low[k][best[k]] for k in sorted(cuts) if k < rank}
+    print(f"r = {rank:2} at {rate:g}, {low[rank][rate]:.2f} uncut")
+    for name, found in {"trained at the same rate": same, "trained at its best rate": tuned}.items():
+        print(
+            f"    {name}:", "  ".join(f"k = {k} {nats:+.2f}" for k, nats in found.items()) or "none recorded"
+        )
+
+# %%
+print("the rate of r = 64 that is best for each cut, beside training at k at its best rate")
+for_cut = {}
+for k in (1, 2, 4, 8, 16, 32):
+    at_rate = {rate: cuts[k] for (rank, rate), cuts in high.items() if rank == 64}
+    for_cut[k] = min(at_rate, key=at_rate.get)
+    print(
+        f"k = {k:2}: {for_cut[k]:g}, {at_rate[for_cut[k]]:.2f}; trained {low[k][best[k]]:.2f} at {best[k]:g}"
+    )
+
 # %% [markdown]
 # STUDY
 
@@ -440,7 +461,7 @@ explore.predict(
     },
 )
 
-# %% tags=["setup"]
+# %%
 half = {name: W.to(torch.bfloat16) for name, W in base.items()}
 stored = {name: W.float() for name, W in half.items()}  # the base as bfloat16 has it
 
@@ -928,7 +949,8 @@ print(exercises.check_10_2(enough))
 
 # %% tags=["solution"]
 def enough(B, A, share):
-    shares = lowrank.energy(spectrum(B, A, 1.0))
+    R_B, R_A = torch.linalg.qr(B).R, torch.linalg.qr(A.T).R
+    shares = lowrank.energy(torch.linalg.svdvals(R_B @ R_A.T))
     return int((shares < share).sum()) + 1
 
 
