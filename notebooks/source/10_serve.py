@@ -22,9 +22,12 @@
 # %% tags=["setup"]
 import json
 import math
+import tempfile
 import time
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lora_edu import explore, lowrank, plots
@@ -38,6 +41,7 @@ from lora_edu.data import (
 )
 from lora_edu.exercises import chapter_10 as exercises
 from lora_edu.lora import AdapterPool, choose_ranks, extract_lora, load_adapter, mix, read_adapter, resize
+from lora_edu.paths import user_folder
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import evaluate
 
@@ -215,7 +219,7 @@ explore.spent_by_rule(ranks, energy, gain)
 # **More energy, less gain**, at every budget but the largest. The rule takes directions from `output`, `value` and
 # `down`, whose updates have small singular values, and gives them to `query` and to most of `up`. Small in norm is not
 # unimportant: what a matrix does to the loss depends on what comes in and on what follows. (TinyLM, one tuning at a large
-# rate.) So treat energy as what it is, a figure that costs nothing, and ask a
+# rate; with a gentle one, below, the same with a smaller gap.) So treat energy as what it is, a figure that costs nothing, and ask a
 # held-out text before you ship: `lora-edu extract … --parameters N --text held-out.txt` prints the loss beside each rank.
 
 # %% tags=["nbval-ignore-output"]
@@ -227,6 +231,16 @@ at_8 = updates(read_adapter(adapter_folder("reference_r8")).layers)
 trained = (before - loss(at_8)) / (before - after)
 print(f"an adapter trained at r = 8, with two fifths of the tokens: {trained:.0%} of the same gain")
 assert trained > gain["one rank"][8] + 0.3
+
+# %% tags=["nbval-ignore-output"]
+gentle = {name: dW for name, dW in load_checkpoint("gentle").items() if dW.dim() == 2}
+svds = {name: lowrank.svd(dW) for name, dW in gentle.items()}
+for rule, how in {"one rank": {"rank": 8}, "most energy": {"parameters": 248_000}}.items():
+    chosen = choose_ranks({name: S for name, (_, S, _) in svds.items()}, sides, **how)
+    cut = {n: (U[:, : chosen[n]] * S[: chosen[n]]) @ Vh[: chosen[n]] for n, (U, S, Vh) in svds.items()}
+    gain[f"{rule}, gentle"] = (before - loss(cut)) / (before - loss(gentle))
+    print(f"the gentle tuning, {rule}: {gain[f'{rule}, gentle']:.1%} of its gain")
+assert gain["most energy, gentle"] < gain["one rank, gentle"] - 0.005
 
 # %% [markdown]
 # Chapter 07's lesson stands beside it: an adapter trained at $r = 8$ has twice the gain of the extracted one, from two fifths
@@ -501,8 +515,9 @@ explore.rounded_away(swallowed, left)
 #   it. By chance, nothing shrinks, though the error is larger than $\Delta W$.
 #
 # So the number to look at is not the error but how much of $\Delta W$ is there *along* $\Delta W$:
-# $\langle \text{merged} - W, \Delta W \rangle / \lVert \Delta W \rVert^2$. `lora-edu merge` prints both, `--stochastic` rounds
-# by chance, and `--keep-float32` leaves the matrices that would lose more than a tenth in float32, at twice their bytes.
+# $\langle \text{merged} - W, \Delta W \rangle / \lVert \Delta W \rVert^2$. `lora-edu merge BASE ADAPTER:WEIGHT OUT` measures
+# both; `--stochastic` rounds by chance, and `--keep-float32` leaves the matrices that would lose more than a tenth in float32,
+# at twice their bytes.
 
 # %% tags=["nbval-ignore-output"]
 small = {name: 0.001 * dW for name, dW in at_8.items()}
@@ -513,6 +528,26 @@ for way, by_chance in (("to the nearest", None), ("by chance", torch.Generator()
     along[way] = inner(changed, small) / inner(small, small)
     print(f"{way:15} error {error:.2f} ‖ΔW‖, along ΔW {along[way]:.2f}, gain left {left[way][smallest]:.2f}")
 assert along["to the nearest"] < 0.7 and 0.95 < along["by chance"] < 1.05
+
+# %% tags=["nbval-ignore-output"]
+from lora_edu.adapters.merge import Options, merge  # what the command calls
+
+with tempfile.TemporaryDirectory(dir=user_folder("chapter_10"), ignore_cleanup_errors=True) as place:
+    file = Path(place) / "base.safetensors"
+    save_file(half, file)
+    for option, how in {
+        "": Options(),
+        "--stochastic": Options(stochastic=0),
+        "--keep-float32": Options(keep_float32=0.1),
+    }.items():
+        report = merge(file, [(folder, 0.003)], Path(place) / f"merged{option}", how)
+        error, along = (
+            mean([getattr(each, key) for each in report.tensors.values()]) for key in ("swallowed", "kept")
+        )
+        print(
+            f"reference_r8:0.003 {option:15} {report.bytes:10,} bytes, error {error:.2f}, along ΔW {along:.2f}"
+        )
+        assert along < 0.8 if option == "" else abs(along - 1) < 0.02
 
 # %% [markdown]
 # ### A hundred small merges
