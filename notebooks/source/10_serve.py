@@ -186,7 +186,7 @@ explore.predict(
         "of the theorem. Look at the right panel below, at every budget.",
         "rank 8 everywhere": "Yes, here at every budget below 64, though it keeps less energy. Look at which matrices the "
         "other rule takes its directions from.",
-        "no difference": "There is one: at r = 8 nearly a tenth of the gain. See the solid lines below.",
+        "no difference": "There is one: at r = 8 a tenth of the gain. See the solid lines below.",
     },
 )
 
@@ -243,7 +243,7 @@ for rule, how in {"one rank": {"rank": 8}, "most energy": {"parameters": 248_000
 assert gain["most energy, gentle"] < gain["one rank, gentle"] - 0.005
 
 # %% [markdown]
-# Chapter 07's lesson stands beside it: an adapter trained at $r = 8$ has twice the gain of the extracted one, from two fifths
+# Chapter 07's lesson stands beside it: an adapter trained at $r = 8$ has nearly twice the gain of the extracted one, from two fifths
 # of the tokens. Extract when all you have is the two checkpoints; train when you can.
 #
 # ## 3 · Which rank does a trained adapter use?
