@@ -372,25 +372,25 @@ for rank in (16, 8, 4, 2):
 # %% [markdown]
 # Training low wins at each halving (TinyLM, one seed). PEFT's published table (MetaMathQA, Llama-3.2-3B, one seed each) has a
 # case the other way round: an rsLoRA run of $r = 64$ answers 52.9 % of the questions, 51.5 % when it is cut to 32, and a
-# LoRA run of $r = 32$ 48.2 %. But these two differ in more than the rank: rsLoRA has
-# $s = \alpha / \sqrt{r} = 64 / 8 = 8$ there, LoRA $s = \alpha / r = 64 / 32 = 2$. (In the same table plain LoRA of $r = 64$, with
-# $s = 2$ and nothing cut, has 47.4 %, no more than $r = 32$.) A larger $s$ is a larger learning rate for $B$ (chapter 05). So
-# is it the rank, or the rate?
-#
-# Recorded runs tell: LoRA of $r = 64$ at four rates and of $r = 16$ at three, each cut to every rank, beside LoRA trained at
-# that rank. 200 steps of 8 × 256 tokens, $s = 1$, seed 0, every matrix; the losses are on the whole test text.
+# LoRA run trained at $r = 32$ 48.2 %.
 
 # %%
 explore.predict(
-    "LoRA of r = 64 is trained at a rate that is too small for r = 8, and cut to 8. Against r = 8 trained at that same "
-    "rate, which is better?",
+    "The published pair: rsLoRA at r = 64, cut to 32, against LoRA trained at r = 32; alpha is 64 in both. In what do the two "
+    "runs differ, beside the rank?",
     {
-        "the cut one": "PREDICT_CUT",
-        "the trained one": "PREDICT_TRAINED",
-        "it depends on nothing but the rank": "Chapter 07 found that the best rate depends on the rank, and a cut of a "
-        "gentle run loses less than that of a steep one. So the rate comes in twice.",
+        "in nothing": "alpha is the same, but rsLoRA divides it by √r and LoRA by r. Work out s for both.",
+        "in the learning rate of B": "In effect, yes: s is 64 / √64 = 8 in one and 64 / 32 = 2 in the other, and a larger s is a "
+        "larger learning rate for B (chapter 05).",
+        "in the number of steps": "Both have 5 000. Work out s for both.",
     },
 )
+
+# %% [markdown]
+# So the pair does not tell the rank from the rate. (In the same table plain LoRA of $r = 64$, with $s = 2$ and nothing cut, has
+# 47.4 %: no more than $r = 32$.) Recorded runs can: LoRA of $r = 64$ at several rates, each cut to every rank, beside LoRA
+# trained at that rank, once at the *same* rate and once at the rate that is best for it. 200 steps of 8 × 256 tokens, $s = 1$,
+# seed 0, every matrix; the losses are on the whole test text.
 
 # %%
 rows = [
@@ -419,19 +419,21 @@ for (rank, rate), cuts in high.items():
         print(
             f"    {name}:", "  ".join(f"k = {k} {nats:+.2f}" for k, nats in found.items()) or "none recorded"
         )
+    assert abs(cuts[rank] - low[rank][rate]) < 0.03 and cuts[1] > cuts[8] > cuts[rank]
 
 # %%
 print("the rate of r = 64 that is best for each cut, beside training at k at its best rate")
-for_cut = {}
 for k in (1, 2, 4, 8, 16, 32):
     at_rate = {rate: cuts[k] for (rank, rate), cuts in high.items() if rank == 64}
-    for_cut[k] = min(at_rate, key=at_rate.get)
-    print(
-        f"k = {k:2}: {for_cut[k]:g}, {at_rate[for_cut[k]]:.2f}; trained {low[k][best[k]]:.2f} at {best[k]:g}"
-    )
+    rate = min(at_rate, key=at_rate.get)
+    print(f"k = {k:2}: cut {at_rate[rate]:.2f} at {rate:g}; trained {low[k][best[k]]:.2f} at {best[k]:g}")
+    assert k > 4 or at_rate[rate] > low[k][best[k]] + 0.1
 
 # %% [markdown]
-# STUDY
+# **What the rows say.** Down to rank 4 and below, training low wins whatever the rate of the high run, even at the rate that is
+# best for the cut. (That one is chosen on the very text that it is judged on, a favour to the cut.) The two tables show how
+# close it comes at $k = 8$, 16 and 32, and what a rate that suits one of the two ranks only does to the comparison. So before
+# you believe such a pair, yours or a published one, ask at which rate each of the two was trained.
 
 # %% [markdown]
 # ## 5 · Merge, and what bfloat16 swallows
@@ -573,9 +575,12 @@ for way, by_chance in (("to the nearest", None), ("by chance", torch.Generator()
     moved = {name: weights[name].float() - stored[name] for name in at_8}
     ends[way] = (at_start - one(moved)) / (at_start - one(at_8))
     print(f"{way:15} {ends[way]:.1%} of the gain of one merge")
-assert ends["by chance"] > 0.98 and ends["to the nearest"] < 0.96
+assert ends["by chance"] > 0.98 and 0.85 < ends["to the nearest"] < 0.95
 
 # %% [markdown]
+# Each piece is a two-hundredth of $\lVert W \rVert$. Rounded to the nearest, all of them together lose a tenth of the gain that
+# one merge keeps whole; by chance, nothing is lost.
+#
 # ## 6 · Two adapters
 #
 # $W + w_1 \Delta W_1 + w_2 \Delta W_2$: with an adapter for docstrings and one for the language manual, both trained from the
@@ -946,7 +951,8 @@ assert pool.remove() is pool.model
 # - Extracting is a truncated SVD. The budget that keeps the most energy did *worse* than one rank everywhere, on a full
 #   fine-tune and on a trained adapter alike. Energy is free, so look at it first; decide on a held-out text.
 # - The spectrum of $s B A$ comes from an $r \times r$ matrix. Resizing keeps $s$, so alpha falls with $r$.
-# - REMEMBER_STUDY
+# - 'Train high, then cut' against 'train low' is a comparison of learning rates, too. With each rank at its tuned rate,
+#   training low won at every halving from 16 down to 1.
 # - A merge into bfloat16 is harmless for an update of a hundredth of $W$ or more. Below, rounding to the nearest shrinks the
 #   update; rounding by chance makes a larger error and keeps the gain. A hundred small merges lose what one does not.
 # - Average updates, don't add them, and never average factors. Two adapters at half weight each keep three quarters of both
