@@ -382,7 +382,7 @@ explore.predict(
         "in nothing": "alpha is the same, but rsLoRA divides it by √r and LoRA by r. Work out s for both.",
         "in the learning rate of B": "In effect, yes: s is 64 / √64 = 8 in one and 64 / 32 = 2 in the other, and a larger s is a "
         "larger learning rate for B (chapter 05).",
-        "in the number of steps": "Both have 5 000. Work out s for both.",
+        "in the number of steps": "The runs of the benchmark have 5 000 each. Work out s for both.",
     },
 )
 
