@@ -69,8 +69,8 @@ def high_then_cut(
         axes = figure.subplots(1, 2, sharey=True)
         rank, rate = run
         losses = {k: loss for k, loss in cut[run].items() if k <= rank}
-        same = {k: rates[rate] for k, rates in trained.items() if k <= rank and rate in rates}
-        tuned = {k: rates[best[k]] for k, rates in trained.items() if k <= rank}
+        same = {k: trained[k][rate] for k in sorted(trained) if k <= rank and rate in trained[k]}
+        tuned = {k: trained[k][best[k]] for k in sorted(trained) if k <= rank}
         for each, others, title in (
             (axes[0], same, f"trained at the same rate, {rate:g}"),
             (axes[1], tuned, "trained, each rank at its best rate"),
@@ -82,7 +82,16 @@ def high_then_cut(
                 marker="o",
                 label=f"r = {rank}, cut to k",
             )
-            each.plot(others.keys(), others.values(), color=plots.BLUE, marker="s", label="trained at k")
+            # a line between the few ranks that had this rate would say something of those that had not
+            line = "" if others is same else "-"
+            each.plot(
+                others.keys(),
+                others.values(),
+                f"s{line}",
+                color=plots.BLUE,
+                markersize=7,
+                label="trained at k",
+            )
             each.set(xscale="log", xlabel="rank k", ylim=(lowest - 0.1, before + 0.75), title=title)
             each.set_xlim(0.85, 1.2 * everything[-1])
             plots.plain_ticks(each.xaxis, everything)

@@ -427,13 +427,38 @@ for k in (1, 2, 4, 8, 16, 32):
     at_rate = {rate: cuts[k] for (rank, rate), cuts in high.items() if rank == 64}
     rate = min(at_rate, key=at_rate.get)
     print(f"k = {k:2}: cut {at_rate[rate]:.2f} at {rate:g}; trained {low[k][best[k]]:.2f} at {best[k]:g}")
-    assert k > 4 or at_rate[rate] > low[k][best[k]] + 0.1
+    gap = at_rate[rate] - low[k][best[k]]
+    assert gap > 0.05 if k <= 16 else abs(gap) < 0.05
 
 # %% [markdown]
-# **What the rows say.** Down to rank 4 and below, training low wins whatever the rate of the high run, even at the rate that is
-# best for the cut. (That one is chosen on the very text that it is judged on, a favour to the cut.) The two tables show how
-# close it comes at $k = 8$, 16 and 32, and what a rate that suits one of the two ranks only does to the comparison. So before
-# you believe such a pair, yours or a published one, ask at which rate each of the two was trained.
+# **With each rank at its own best rate, training low wins**, by more the deeper the cut, and even against the rate that is best
+# for the cut. (That one is chosen on the very text that it is judged on, a favour to the cut.) At half of the rank, from 64 to
+# 32, the two are close, within 0.05 nats.
+#
+# **At one common rate it depends.** Cut to 8, the run at 0.003 is 0.28 nats behind $r = 8$ at its best rate, but only 0.08
+# behind $r = 8$ at 0.003, an eighth of that rate. For $r = 16$ and 32 there is no run at 0.003. A straight line (in $\log r$)
+# from $r = 8$ to $r = 64$ at that rate passes through 4.32 and 4.18 nats there, *above* the two cuts, 4.26 and 4.09. So a cut to
+# half or a quarter, beside a low rank at a rate that is too small for it, is where the published order would be expected here,
+# too: that is a guess from a line, not a recorded run. Before you believe such a pair, yours or a published one, ask at which
+# rate each of the two was trained. (TinyLM, one seed.)
+
+# %%
+cuts = high[64, 0.003]
+print(
+    f"r = 64 at 0.003, cut to 8: {cuts[8]:.2f}; r = 8 at 0.003: {low[8][0.003]:.2f}, at {best[8]:g}: {low[8][best[8]]:.2f}"
+)
+line = lambda k: low[8][0.003] + (low[64][0.003] - low[8][0.003]) * math.log2(k / 8) / 3
+print(
+    "the line at 0.003:",
+    {k: f"{line(k):.2f}" for k in (16, 32)},
+    " cut:",
+    {k: f"{cuts[k]:.2f}" for k in (16, 32)},
+)
+assert cuts[16] < line(16) - 0.03 and cuts[32] < line(32) - 0.03
+assert best[8] == 0.024 and 0.27 < cuts[8] - low[8][best[8]] < 0.3 and 0.06 < cuts[8] - low[8][0.003] < 0.1
+for (rank, rate), cuts in high.items():
+    assert all(cuts[k] > low[k][rate] + 0.05 for k in (1, 2, 4, 8) if rate in low[k] and k < rank)
+    assert all(cuts[k] > low[k][best[k]] + 0.05 for k in (1, 2, 4, 8, 16) if k < rank)
 
 # %% [markdown]
 # ## 5 · Merge, and what bfloat16 swallows
@@ -951,8 +976,8 @@ assert pool.remove() is pool.model
 # - Extracting is a truncated SVD. The budget that keeps the most energy did *worse* than one rank everywhere, on a full
 #   fine-tune and on a trained adapter alike. Energy is free, so look at it first; decide on a held-out text.
 # - The spectrum of $s B A$ comes from an $r \times r$ matrix. Resizing keeps $s$, so alpha falls with $r$.
-# - 'Train high, then cut' against 'train low' is a comparison of learning rates, too. With each rank at its tuned rate,
-#   training low won at every halving from 16 down to 1.
+# - 'Train high, then cut' against 'train low' is a comparison of learning rates, too. Here training low won
+#   with each rank at its own best rate; at one small rate for both, the gap nearly closed.
 # - A merge into bfloat16 is harmless for an update of a hundredth of $W$ or more. Below, rounding to the nearest shrinks the
 #   update; rounding by chance makes a larger error and keeps the gain. A hundred small merges lose what one does not.
 # - Average updates, don't add them, and never average factors. Two adapters at half weight each keep three quarters of both
