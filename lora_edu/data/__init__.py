@@ -7,6 +7,7 @@ from lora_edu.data.shipped import (
     load_base_losses,
     load_checkpoint,
     load_deltas,
+    load_mixtures,
     load_regimes,
     load_sweeps,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "load_checkpoint",
     "load_corpus",
     "load_deltas",
+    "load_mixtures",
     "load_package",
     "load_regimes",
     "load_sweeps",

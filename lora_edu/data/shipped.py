@@ -133,6 +133,15 @@ def load_deltas() -> dict:
     return json.loads(data_file("deltas.json").read_text(encoding="utf-8"))
 
 
+def load_mixtures() -> dict:
+    """Two adapters mixed on the base (data/mixtures.json): "adapters" (text → name), "prompt", and "rows".
+
+    A row: "weights" (text → weight of the adapter tuned to it), "losses" (text → nats a token, on `tokens` tokens
+    of it) and "text", what the model writes after the prompt. `lora_edu.recording.mixtures` made them.
+    """
+    return json.loads(data_file("mixtures.json").read_text(encoding="utf-8"))
+
+
 def _sweeps() -> dict:
     return json.loads(data_file("sweeps.json").read_text(encoding="utf-8"))
 

@@ -18,6 +18,7 @@ from lora_edu.explore.lora_embedding import bytes_moved, first_step, measured_on
 from lora_edu.explore.lora_linear import alpha_that_does_nothing, gradient_norms, seen_through
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
 from lora_edu.explore.prediction import Prediction, predict
+from lora_edu.explore.serve import high_then_cut, rounded_away, spent_by_rule, two_adapters
 from lora_edu.explore.start_here import what_each_rank_writes
 from lora_edu.explore.train_with_lora import (
     equal_gain,
@@ -40,6 +41,7 @@ __all__ = [
     "full_rank_beside_low_rank",
     "gradient_norms",
     "hidden_direction",
+    "high_then_cut",
     "measured_on_a_gpu",
     "noisy_photograph",
     "photograph_rank",
@@ -51,14 +53,17 @@ __all__ = [
     "rate_and_rank",
     "regimes",
     "roofline",
+    "rounded_away",
     "rounding",
     "seen_through",
     "share_kept",
     "shared_directions",
     "spectra_by_kind",
+    "spent_by_rule",
     "table_and_square",
     "trained_and_truncated",
     "truncation",
+    "two_adapters",
     "two_seeds",
     "what_each_rank_writes",
     "which_matrices",

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lora_edu.data import corpus, published, shipped
-from lora_edu.data.runs import name_of
+from lora_edu.data.runs import SETTINGS, best, name_of
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
-from lora_edu.recording import analysis, deltas, ngrams, regimes, sweeps
+from lora_edu.recording import analysis, deltas, mixtures, ngrams, regimes, sweeps
 from lora_edu.recording import published as published_figures
-from lora_edu.recording.run import TARGETS, base_losses, divergence_from, record_all, tolerance
+from lora_edu.recording.run import TARGETS, base_losses, divergence_from, record, record_all, tolerance
 from lora_edu.recording.run import check as run_again
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
@@ -42,6 +42,8 @@ TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2)
 SGD_RATES = (0.3, 1.0)
 PLANTED = {"matrix": "blocks.3.mlp.up.weight", "rank": 2, "relative_norm": 0.5, "steps": 800, "rate": 3e-3}
 ADAPTERS = {f"reference_r{rank}": (rank, 0) for rank in (1, 2, 4, 8, 16)} | {"reference_r8_seed_1": (8, 1)}
+# beside those, one on another text: the rate that was best on its validation text
+SECOND_TEXT = {"manual_r8": {"text": "manual", "method": "lora", "rank": 8, "targets": "all", "seed": 0}}
 STAGES = (
     "tokenizer",
     "base",
@@ -52,6 +54,8 @@ STAGES = (
     *sweeps.STAGES,
     "analysis",
     "adapters",
+    "second_text",
+    "mixtures",
     "regimes",
     "published",
     "deltas",
@@ -70,6 +74,13 @@ CONSTANTS: dict[str, tuple] = {
     "sgd": (TUNE_STEPS, SGD_RATES),
     "planted": (PLANTED,),
     "adapters": (ADAPTERS,),
+    "second_text": (SECOND_TEXT,),
+    "mixtures": (
+        mixtures.ADAPTERS,
+        mixtures.pairs(),
+        (mixtures.WINDOWS, mixtures.CONTEXT),
+        (mixtures.PROMPT, mixtures.WRITTEN, mixtures.TEMPERATURE, mixtures.SEED),
+    ),
     "regimes": (
         regimes.BATCH,
         regimes.wanted(),
@@ -84,6 +95,7 @@ CONSTANTS: dict[str, tuple] = {
 NEEDS = {
     "losses": ("tune",),
     "planted_lora": ("planted",),
+    "mixtures": ("adapters", "second_text"),
 }  # stages whose files one builds on, beside the base's
 
 
@@ -301,17 +313,39 @@ class Maker:
         """LoRA adapters of some runs of the stage `ranks`, in PEFT's format, half precision."""
         rows, parameters = self.rows(), {}
         for adapter, (rank, seed) in ADAPTERS.items():
-            run = sweeps.tuned(rows, rank, seed=seed)
-            name = name_of(run)
-            factors = load_safetensors((self.runs_folder / f"{name}.safetensors").read_bytes())
-            model = TinyLM.from_state_dict(shipped.load_checkpoint("base"))
-            add_lora(model, rank, rank * run["scale"], TARGETS[run["targets"]], lora_dtype=torch.float16)
-            model.load_state_dict(factors, strict=False)
-            folder = save_adapter(model, self.out / "adapters" / adapter)
-            for file in sorted(folder.iterdir()):
-                self.describe(file.relative_to(self.out).as_posix(), f"LoRA adapter, {name}; float16")
-            parameters[adapter] = sum(each.numel() for each in factors.values())
+            parameters[adapter] = self._ship_adapter(adapter, sweeps.tuned(rows, rank, seed=seed))
         return {"parameters": parameters}
+
+    def second_text(self) -> dict:
+        """A LoRA adapter tuned on another text than the others, of the stage `scarce`; done again where it is gone."""
+        parameters, runs = {}, {}
+        for adapter, settings in SECOND_TEXT.items():
+            row = best(self.rows(), **settings)
+            run = {key: row[key] for key in SETTINGS}
+            record(run, self.runs_folder)
+            parameters[adapter], runs[adapter] = self._ship_adapter(adapter, run), row["name"]
+        return {"parameters": parameters, "runs": runs}
+
+    def mixtures(self) -> dict:
+        """Two of the adapters mixed on a grid of weights: losses on three texts, and what is written."""
+        rows = list(mixtures.record_all(mixtures.pairs(), lambda each: tqdm(each, "mixtures", leave=False)))
+        write_atomically(self.out / "mixtures.json", mixtures.packed(rows))
+        self.describe("mixtures.json", "two adapters mixed: losses on three texts for each pair of weights")
+        return {"rows": len(rows)}
+
+    def _ship_adapter(self, adapter: str, run: Mapping) -> int:
+        """Write a recorded run of LoRA as adapters/NAME in half precision; returns how many numbers it has."""
+        name = name_of(run)
+        factors = load_safetensors((self.runs_folder / f"{name}.safetensors").read_bytes())
+        model = TinyLM.from_state_dict(shipped.load_checkpoint("base"))
+        add_lora(
+            model, run["rank"], run["rank"] * run["scale"], TARGETS[run["targets"]], lora_dtype=torch.float16
+        )
+        model.load_state_dict(factors, strict=False)
+        folder = save_adapter(model, self.out / "adapters" / adapter)
+        for file in sorted(folder.iterdir()):
+            self.describe(file.relative_to(self.out).as_posix(), f"LoRA adapter, {name}; float16")
+        return sum(each.numel() for each in factors.values())
 
     def regimes(self) -> dict:
         """The map of regimes, a row a line, and the gentle ΔW that ships."""
