@@ -150,9 +150,11 @@ def draws(rows: Iterable[Mapping]) -> list[dict]:
 
 
 def cuts() -> list[dict]:
-    """Full tuning, and LoRA at rank 64, whose ΔW is cut to every rank: each rank may choose its rate."""
+    """Full tuning, and LoRA at rank 64, whose ΔW is cut to every rank: each rank may choose its rate. At one rate two
+    smaller ranks are trained as well."""
     full = [run_of(method="full", rate=rate, embedding=1.0) for rate in (3.75e-4, 7.5e-4, *FULL_RATES)]
-    return full + [run_of(rank=64, rate=rate) for rate in LORA_RATES[64][:3]]
+    large = [run_of(rank=64, rate=rate) for rate in LORA_RATES[64][:3]]
+    return full + large + [run_of(rank=rank, rate=3e-3) for rank in (16, 32)]
 
 
 def spreads() -> list[dict]:
