@@ -85,7 +85,6 @@ CONSTANTS: dict[str, tuple] = {
         regimes.BATCH,
         regimes.wanted(),
         regimes.wanted_lora(),
-        regimes.wanted_near_lora(),
         regimes.wanted_seeds(),
         regimes.GENTLE,
     ),

@@ -34,10 +34,6 @@ LORA_RATES = {  # by rank: until the best lies between others
     8: (6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2),
 }
 LORA_STEPS = 100
-NEAR_LORA_RATES = {  # the same on the near task, where what is trained is cut to the smaller ranks, too
-    8: (3e-3, 6e-3, 1.2e-2, 2.4e-2),
-    64: (7.5e-4, 1.5e-3, 3e-3, 6e-3),
-}
 KINDS = ("embedding", "query", "key", "value", "output", "up", "down", "head")
 KIND_RANKS = (1, 8, 32)  # ranks to which one kind at a time is cut
 
@@ -60,15 +56,6 @@ def wanted_lora() -> list[dict]:
     return [
         {"task": "far", "rank": rank, "rate": rate, "steps": LORA_STEPS, "seed": 0}
         for rank, rates in LORA_RATES.items()
-        for rate in rates
-    ]
-
-
-def wanted_near_lora() -> list[dict]:
-    """The same on the near task."""
-    return [
-        {"task": "near", "rank": rank, "rate": rate, "steps": LORA_STEPS, "seed": 0}
-        for rank, rates in NEAR_LORA_RATES.items()
         for rate in rates
     ]
 
@@ -146,10 +133,6 @@ def record(run: Mapping, folder: Path) -> dict:
     row |= losses_of(before, delta, text["held out"])
     if "rank" not in run:
         row |= cuts_of(before, delta, text["held out"])
-    elif run["task"] == "near":
-        parts = {name: lowrank.svd(change) for name, change in delta.items() if change.dim() == 2}
-        smaller = [r for r in RANKS if r < run["rank"]]
-        row["cut"] = {str(r): _loss(before, delta | _cut(parts, r), text["held out"]) for r in smaller}
     write_atomically(path, json.dumps(row).encode())
     return row
 
@@ -195,7 +178,11 @@ def cuts_of(before: Mapping[str, Tensor], delta: Mapping[str, Tensor], tokens: T
     loss of the whole ΔW: it is small, and the windows are the same with and without the cut.
     """
     parts = {name: lowrank.svd(change) for name, change in delta.items() if change.dim() == 2}
-    cut = lambda r, kinds: _cut({name: part for name, part in parts.items() if kind_of(name) in kinds}, r)
+    cut = lambda r, kinds: {
+        name: (parts[name].U[:, :r] * parts[name].S[:r]) @ parts[name].Vh[:r]
+        for name in parts
+        if kind_of(name) in kinds
+    }
     loss = lambda change: _loss(before, change, tokens)
     some = tokens.view(-1, 256)[::3].flatten()
     on_some = lambda change: _loss(before, change, some)
@@ -214,10 +201,6 @@ def cuts_of(before: Mapping[str, Tensor], delta: Mapping[str, Tensor], tokens: T
         }
         | {"all": {"size": _size([(parts[name].S, before[name]) for name in parts])}},
     }
-
-
-def _cut(parts: Mapping[str, lowrank.Factors], rank: int) -> dict[str, Tensor]:
-    return {name: (U[:, :rank] * S[:rank]) @ Vh[:rank] for name, (U, S, Vh) in parts.items()}
 
 
 def _loss(before: Mapping[str, Tensor], delta: Mapping[str, Tensor], tokens: Tensor) -> float:
@@ -257,15 +240,14 @@ def _rounded(value: float) -> float:
 
 
 def record_all(folder: Path, tell: Callable[[str], None] = print) -> Iterator[dict]:
-    """Every row, one after the other: full tuning, LoRA at each rate on both tasks, two more seeds of LoRA's best rates
-    on the far one and one more of the corners of the map."""
+    """Every row, one after the other: full tuning, LoRA at each rate, two more seeds of LoRA's best rates and
+    one more of the corners of the map."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = []
-    for run in (*wanted(), *wanted_lora(), *wanted_near_lora()):
+    for run in (*wanted(), *wanted_lora()):
         tell(name_of(run))
         row = record(run, folder)
-        if "rank" in row and row["task"] == "far" and row["after"] is not None:
-            trained.append(row)
+        trained += [row] if "rank" in row and row["after"] is not None else []
         yield row
     best = [
         min((row for row in trained if row["rank"] == rank), key=lambda row: row["after"])
