@@ -343,7 +343,7 @@ explore.predict(
 )
 
 # %%
-rows = [row for row in load_regimes(method="full", seed=0) if row["before"] - row["after"] > 0.1]
+rows = [row for row in load_regimes(seed=0) if "cut" in row and row["before"] - row["after"] > 0.1]
 far = {(row["rate"], row["steps"]): row for row in rows if row["task"] == "far"}
 rates = sorted({rate for rate, _ in far})
 steps = [n for n in sorted({n for _, n in far}) if all((rate, n) in far for rate in rates)]
