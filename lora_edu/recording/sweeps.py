@@ -137,18 +137,6 @@ def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict
     return list(asked.values())
 
 
-def draws(rows: Iterable[Mapping]) -> list[dict]:
-    """Another draw of P (and another order of the batches) at the ends of the interval that holds d₉₀ of the
-    performance, of all weights."""
-    known = by_dimension(list(rows), "all")
-    level = levels(_base_accuracy(), known[SIZES["all"]]["accuracy"])["performance"]
-    return [
-        run | {"seed": SEEDS[1]}
-        for d in around(known, level)
-        for run in _subspace("all", d, WEIGHT_RATES[1:2])
-    ]
-
-
 def cuts() -> list[dict]:
     """Full tuning, and LoRA at rank 64, whose ΔW is cut to every rank: each rank may choose its rate. At one rate two
     smaller ranks are trained as well."""
@@ -229,7 +217,6 @@ STAGES: dict[str, Callable[[list[dict]], list[dict]]] = {
     "ranks": ranks,
     "subspaces": lambda rows: subspaces(),
     "bisection": bisection,
-    "draws": draws,
     "cuts": lambda rows: cuts(),
     "spreads": lambda rows: spreads(),
     "scaling": scaling,
