@@ -138,11 +138,14 @@ def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict
 
 
 def cuts() -> list[dict]:
-    """Full tuning, and LoRA at rank 64, whose ΔW is cut to every rank: each rank may choose its rate. At one rate two
-    smaller ranks are trained as well."""
+    """Full tuning, and LoRA at rank 64, whose ΔW is cut to every rank: each rank may choose its rate."""
     full = [run_of(method="full", rate=rate, embedding=1.0) for rate in (3.75e-4, 7.5e-4, *FULL_RATES)]
-    large = [run_of(rank=64, rate=rate) for rate in LORA_RATES[64][:3]]
-    return full + large + [run_of(rank=rank, rate=3e-3) for rank in (16, 32)]
+    return full + [run_of(rank=64, rate=rate) for rate in LORA_RATES[64][:3]]
+
+
+def common_rate() -> list[dict]:
+    """LoRA between rank 8 and 64 at a rate that both have too: small for the lower ranks, and no rank's best."""
+    return [run_of(rank=rank, rate=3e-3) for rank in (16, 32)]
 
 
 def spreads() -> list[dict]:
@@ -218,6 +221,7 @@ STAGES: dict[str, Callable[[list[dict]], list[dict]]] = {
     "subspaces": lambda rows: subspaces(),
     "bisection": bisection,
     "cuts": lambda rows: cuts(),
+    "common_rate": lambda rows: common_rate(),
     "spreads": lambda rows: spreads(),
     "scaling": scaling,
     "targets": lambda rows: targets(),

@@ -403,7 +403,7 @@ high, low, on_validation = {}, {}, {}
 for row in sorted(rows, key=lambda row: (-row["rank"], row["rate"])):
     low.setdefault(row["rank"], {})[row["rate"]] = row["test"]
     on_validation.setdefault(row["rank"], {})[row["rate"]] = row["evaluations"][-1]["loss"]
-    if "truncated" in row and row["rank"] in (16, 64):
+    if "truncated" in row:
         cuts = {int(k): value for k, value in row["truncated"].items() if k.isdigit()}
         high[row["rank"], row["rate"]] = {k: value for k, value in cuts.items() if 0 < k <= row["rank"]}
 best = {rank: min(losses, key=losses.get) for rank, losses in on_validation.items()}
@@ -435,30 +435,28 @@ for k in (1, 2, 4, 8, 16, 32):
 # for the cut. (That one is chosen on the very text that it is judged on, a favour to the cut.) At half of the rank, from 64 to
 # 32, the two are close, within 0.05 nats.
 #
-# **At one common rate it depends.** Cut to 8, the run at 0.003 is 0.28 nats behind $r = 8$ at its best rate, but only 0.08
-# behind $r = 8$ at 0.003, an eighth of that rate. For $r = 16$ and 32 there is no run at 0.003. A straight line (in $\log r$)
-# from $r = 8$ to $r = 64$ at that rate passes through 4.32 and 4.18 nats there, *above* the two cuts, 4.26 and 4.09. So a cut to
-# half or a quarter, beside a low rank at a rate that is too small for it, is where the published order would be expected here,
-# too: that is a guess from a line, not a recorded run. Before you believe such a pair, yours or a published one, ask at which
-# rate each of the two was trained. (TinyLM, one seed.)
+# **At one common rate the order turns.** At 0.003, trained at $r = 8$ is still ahead of the cut to 8, by 0.08 nats. But cut to
+# 16 the run of $r = 64$ has 4.26 nats, and $r = 16$ trained at that rate 4.32; at 32 it is 4.09 against 4.17. This rate is half
+# of the best for $r = 64$, and an eighth to a third of the best for the lower ranks: they have not got far, and the cut of the
+# large one has. So 'train high, then cut' to a half or a quarter wins beside a low rank whose rate is too small for it, and not
+# beside one with a rate of its own. The published pair shares what makes the order turn, a low rank with a smaller step; whether
+# that is the reason there, these runs can't tell. Before you believe such a pair, ask at which rate each of the two was trained.
+# (TinyLM, 200 steps on docstrings, one seed. For the cuts to 8 and below the smallest of the three rates is the best, so a
+# gentler run may be cut a little better still.)
 
 # %%
 cuts = high[64, 0.003]
-print(
-    f"r = 64 at 0.003, cut to 8: {cuts[8]:.2f}; r = 8 at 0.003: {low[8][0.003]:.2f}, at {best[8]:g}: {low[8][best[8]]:.2f}"
-)
-line = lambda k: low[8][0.003] + (low[64][0.003] - low[8][0.003]) * math.log2(k / 8) / 3
-print(
-    "the line at 0.003:",
-    {k: f"{line(k):.2f}" for k in (16, 32)},
-    " cut:",
-    {k: f"{cuts[k]:.2f}" for k in (16, 32)},
-)
-assert cuts[16] < line(16) - 0.03 and cuts[32] < line(32) - 0.03
-assert best[8] == 0.024 and 0.27 < cuts[8] - low[8][best[8]] < 0.3 and 0.06 < cuts[8] - low[8][0.003] < 0.1
+turns = {k: (cuts[k], low[k][0.003], low[k][best[k]]) for k in (8, 16, 32)}
+for k, (cut, same, own) in turns.items():
+    print(
+        f"r = 64 at 0.003, cut to {k}: {cut:.2f}; trained at {k} at 0.003 {same:.2f}, at {best[k]:g} {own:.2f}"
+    )
+assert 0.06 < turns[8][0] - turns[8][1] < 0.1 and turns[8][0] > turns[8][2] + 0.27
+assert all(same - cut > 0.04 for cut, same, _ in (turns[16], turns[32]))
+assert best == {1: 0.048, 2: 0.038, 4: 0.03, 8: 0.024, 16: 0.015, 32: 0.0095, 64: 0.006}
 for (rank, rate), cuts in high.items():
-    assert all(cuts[k] > low[k][rate] + 0.05 for k in (1, 2, 4, 8) if rate in low[k] and k < rank)
-    assert all(cuts[k] > low[k][best[k]] + 0.05 for k in (1, 2, 4, 8, 16) if k < rank)
+    assert all(cuts[k] > low[k][rate] + 0.05 for k in (1, 2, 4, 8) if rate in low[k])
+    assert all(cuts[k] > low[k][best[k]] + 0.05 for k in (1, 2, 4, 8, 16))
 
 # %% [markdown]
 # ## 5 · Merge, and what bfloat16 swallows
