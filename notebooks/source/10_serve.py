@@ -454,7 +454,7 @@ for k, (cut, same, own) in turns.items():
 assert 0.06 < turns[8][0] - turns[8][1] < 0.1 and turns[8][0] > turns[8][2] + 0.27
 assert all(same - cut > 0.04 for cut, same, _ in (turns[16], turns[32]))
 assert best == {1: 0.048, 2: 0.038, 4: 0.03, 8: 0.024, 16: 0.015, 32: 0.0095, 64: 0.006}
-for (rank, rate), cuts in high.items():
+for (_, rate), cuts in high.items():
     assert all(cuts[k] > low[k][rate] + 0.05 for k in (1, 2, 4, 8) if rate in low[k])
     assert all(cuts[k] > low[k][best[k]] + 0.05 for k in (1, 2, 4, 8, 16))
 
