@@ -199,7 +199,7 @@ for name, found in ends.items():
 # %% [markdown]
 # **It does depend on the rank.** Full tuning is best at 0.003, LoRA of $r = 64$ at twice that, of $r = 8$ at eight
 # times, of $r = 1$ at sixteen times. Below the best rate little is lost: at half of it LoRA ends within 0.05 nats.
-# Above it a run may be destroyed: $r = 8$ is best at 0.024, and at 0.048 it ends worse than untuned. So if you are in
+# Above it a run may be destroyed: $r = 8$ is best at 0.024, and at 0.048 it ends no better than untuned. So if you are in
 # doubt, take the smaller rate. (TinyLM, 200 steps on docstrings, one seed at each rate, and $\alpha = r$. Section 4
 # shows with which alpha the rank drops out.)
 
@@ -208,7 +208,7 @@ trials = [row["rank"] for row in usual_runs(rows) if row["seed"] == 0]
 assert all(trials.count(rank) >= 4 for rank in (None, 1, 8, 64))
 assert best == {"full": 0.003, "r = 1": 0.048, "r = 8": 0.024, "r = 64": 0.006}
 assert all(ends[name][best[name] / 2] - ends[name][best[name]] < 0.05 for name in ends if name != "full")
-assert ends["r = 8"][0.048] > before["validation"]
+assert ends["r = 8"][0.048] > before["validation"] - 0.05
 
 # %% [markdown]
 # ## 3 · Trained, truncated, full
