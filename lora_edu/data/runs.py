@@ -34,7 +34,12 @@ SETTINGS = {
 
 
 # Best of their grid, but at its edge: name → the rate next to it that was not tried. Whoever shows one says so.
-UNBRACKETED: dict[str, float] = {"subspace dimension=1000 rate=0.0783": 0.0392}
+# The two ranks of LoRA have the rate that `rate_for` interpolates, and a smaller one to compare with.
+UNBRACKETED: dict[str, float] = {
+    "subspace dimension=1000 rate=0.0783": 0.0392,
+    "lora rank=16 rate=0.015": 0.03,
+    "lora rank=32 rate=0.0095": 0.019,
+}
 
 
 def run_of(**settings) -> dict:

@@ -136,14 +136,13 @@ def grouped_lora_linear(
     x: (batch, …, in); weight W: (out, in); lora_A: (n, r, in) and lora_B: (n, out, r), n adapters of one rank, s
     multiplied into one of the two; adapter g: (batch,), 0 … n − 1, or −1 for W alone; returns (batch, …, out).
     W multiplies the whole batch once, whatever n is; a row with −1 is W x[i] + b bit for bit. This is the batched
-    LoRA product of Punica (Chen et al. 2023, §4, its SGMV operator) and S-LoRA (Sheng et al. 2023, §4).
+    LoRA product of Punica (Chen et al. 2023, its SGMV operator) and S-LoRA (Sheng et al. 2023).
 
     Either each adapter present multiplies its rows, which costs some calls an adapter, or the factors are gathered,
     one copy a row, and multiplied by two batched products, which costs rows · r (in + out) copied numbers: that is
     done while they are fewer than GATHERED an adapter present. Measured on one core (float32, r = 8, 64 rows of one
-    token, medians) with 1, 8 and 64 adapters: at 576 × 576, where the base product takes 1.4 ms, 0.1, 0.8 and 3.4 ms
-    for a product each and 0.8, 0.8 and 0.9 ms gathered; at 2048 × 2048 0.3, 1.0 and 11.6 ms, and 11.2, 11.2 and
-    11.1 ms gathered. benchmarks/serving.py measures the first.
+    token, medians) with 1, 8 and 64 adapters at 576 × 576, where the base product takes 1.3 ms: 0.1, 0.9 and 3.3 ms
+    for a product each, 1.0, 1.1 and 0.8 ms gathered (benchmarks/serving.py).
 
     For inference: the sum is taken in place. Raises ValueError for an adapter's number that isn't there.
     """

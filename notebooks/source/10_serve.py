@@ -389,8 +389,9 @@ explore.predict(
 # %% [markdown]
 # So the pair does not tell the rank from the rate. (In the same table plain LoRA of $r = 64$, with $s = 2$ and nothing cut, has
 # 47.4 %: no more than $r = 32$.) Recorded runs can: LoRA of $r = 64$ at several rates, each cut to every rank, beside LoRA
-# trained at that rank, once at the *same* rate and once at the rate that is best for it. 200 steps of 8 × 256 tokens, $s = 1$,
-# seed 0, every matrix; the losses are on the whole test text.
+# trained at that rank, once at the *same* rate and once at the rate that is best for it (searched at 1, 8 and 64, and
+# interpolated between, as in chapter 07). 200 steps of 8 × 256 tokens, $s = 1$, seed 0, every matrix; the losses are on the
+# whole test text.
 
 # %%
 rows = [
@@ -611,7 +612,7 @@ assert ends["by chance"] > 0.98 and 0.85 < ends["to the nearest"] < 0.95
 # fully tuned models, that adding them adds abilities, that subtracting one makes a model unlearn, and that the weights
 # matter.
 #
-# The sum of two products is one product, of twice the rank: the $B$s side by side, each times $w s$, and the $A$s stacked.
+# The sum of two products is one product, of twice the rank: both $B$ side by side, each times $w s$, and both $A$ stacked.
 
 
 # %%
