@@ -105,7 +105,7 @@ def high_then_cut(
     return Explorer(
         draw,
         {"run": runs},
-        start={"run": runs[0]},
+        start={"run": max(runs, key=lambda run: sum(run[1] in rates for rates in trained.values()))},
         size=(7.2, 2.9),
         labels={"run": "trained high"},
         formats={"run": lambda run: f"r = {run[0]}, rate {run[1]:g}"},
