@@ -110,19 +110,20 @@ class Attention(nn.Module):
         self.register_buffer("sine", angle.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
+        query, key = self.turn(self.by_head(self.query(x))), self.turn(self.by_head(self.key(x)))
+        mixed = F.scaled_dot_product_attention(query, key, self.by_head(self.value(x)), is_causal=True)
+        return self.output(mixed.transpose(1, 2).reshape(x.shape))
 
-        def by_head(y: Tensor) -> Tensor:
-            return y.view(batch, time, self.heads, width // self.heads).transpose(1, 2)
+    def by_head(self, y: Tensor) -> Tensor:
+        """(batch, time, width) → (batch, heads, time, width / heads)."""
+        batch, time, width = y.shape
+        return y.view(batch, time, self.heads, width // self.heads).transpose(1, 2)
 
-        query, key = self.turn(by_head(self.query(x))), self.turn(by_head(self.key(x)))
-        mixed = F.scaled_dot_product_attention(query, key, by_head(self.value(x)), is_causal=True)
-        return self.output(mixed.transpose(1, 2).reshape(batch, time, width))
-
-    def turn(self, y: Tensor) -> Tensor:
-        """Rotary positions: each pair of numbers is turned by an angle that grows with the position."""
+    def turn(self, y: Tensor, start: int = 0) -> Tensor:
+        """Rotary positions from `start` on: each pair of numbers is turned by an angle that grows with the position."""
         first, second = y.chunk(2, dim=-1)
-        cosine, sine = self.cosine[: y.shape[-2]].to(y.dtype), self.sine[: y.shape[-2]].to(y.dtype)
+        at = slice(start, start + y.shape[-2])
+        cosine, sine = self.cosine[at].to(y.dtype), self.sine[at].to(y.dtype)
         return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 

@@ -1,6 +1,7 @@
 """What the chapters' checks have in common: judging one number, asking for a function. No exercise of its own."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,6 +39,42 @@ def no_function(k: int, answer: object, arguments: str, hint: str) -> str | None
     if not callable(answer):
         return f"Exercise {k}: the answer is a function of ({arguments}); got {answer!r}."
     return None
+
+
+def normal(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Tensors of these shapes in float64, drawn anew at each call."""
+    return [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+
+
+def real(value: object) -> float | None:
+    """A finite number, None for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def measured_merge(
+    k: int, answer: Callable, shape: tuple[int, int], dtype: torch.dtype, size: float, shown: Callable = repr
+) -> tuple[Tensor, Tensor, str, float | str]:
+    """Exercise k's function of (W, ΔW) tried on a W of this dtype and a ΔW with ‖ΔW‖ = size · ‖W‖ in float32.
+
+    Returns W, ΔW, how the call reads, and the number that came back, or what to say if none did. `shown` puts what
+    came back into words.
+    """
+    W, update = (each.float() for each in normal(shape, shape))
+    W = W.to(dtype)
+    update *= size * W.float().norm() / update.norm()
+    before, call = W.clone(), f"with W in {str(dtype)[6:]} and ‖ΔW‖ = {size:g} ‖W‖"
+    try:
+        got = answer(W, update.clone())
+    except Exception as error:
+        return W, update, call, f"Exercise {k}: not yet: {call} it raises {type(error).__name__}: {error}"
+    if not torch.equal(W, before):
+        return W, update, call, f"Exercise {k}: not yet: it changes the weight it was given."
+    wrong = f"Exercise {k}: not yet: {call} the answer is one number; got {shown(got)}."
+    return W, update, call, wrong if real(got) is None else real(got)
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lora_edu.exercises.answers import no_function, same
+from lora_edu.exercises.answers import measured_merge, no_function, normal, real, same
 
 OUT, IN = 6, 5  # of the small layers that the functions are tried on
 STEPS = 25
@@ -24,7 +24,7 @@ def check_05_1(answer: object) -> str:
     if refused := no_function(1, answer, "G, A, B, s", hint):
         return refused
     for s, fresh in ((1.5, True), (3.0, False), (0.25, False)):
-        G, A, B = _normal((OUT, IN), (2, IN), (OUT, 2))
+        G, A, B = normal((OUT, IN), (2, IN), (OUT, 2))
         B = torch.zeros_like(B) if fresh else B
         where = "with B = 0" if fresh else "with neither factor zero"
         got, problem = _pair(answer, "gradients", G, A, B, s)
@@ -88,7 +88,7 @@ def check_05_2(answer: object) -> str:
     if refused := no_function(2, answer, "A, B, alpha, rank", hint):
         return refused
     for rank, wider, alpha in ((2, 4, 16.0), (1, 3, 4.0), (2, 5, 3.0)):
-        A, B = _normal((rank, IN), (OUT, rank))
+        A, B = normal((rank, IN), (OUT, rank))
         call = f"from r = {rank}, alpha = {alpha:g} to r = {wider}"
         try:
             got = answer(A.clone(), B.clone(), alpha, wider)
@@ -99,7 +99,7 @@ def check_05_2(answer: object) -> str:
         matrices = _tensors(got[:2])
         if matrices is None or [tuple(each.shape) for each in matrices] != [(wider, IN), (OUT, wider)]:
             return f"Exercise 2: not yet: {call}: A must be ({wider}, {IN}) and B ({OUT}, {wider})."
-        if not _is_number(got[2]):
+        if real(got[2]) is None:
             return f"Exercise 2: not yet: alpha must be a number; got {got[2]!r}."
         if problem := _widen_problem(A, B, alpha, *matrices, float(got[2])):
             return f"Exercise 2: not yet: {call}: {problem}"
@@ -138,7 +138,7 @@ def check_05_3(answer: object) -> str:
     hint = "½B₁A₁ + ½B₂A₂ is one product: two B's side by side times two A's above each other."
     if refused := no_function(3, answer, "B1, A1, B2, A2", hint):
         return refused
-    B1, A1, B2, A2 = _normal((OUT, 2), (2, IN), (OUT, 2), (2, IN))
+    B1, A1, B2, A2 = normal((OUT, 2), (2, IN), (OUT, 2), (2, IN))
     try:
         got = _tensors(answer(B1.clone(), A1.clone(), B2.clone(), A2.clone()))
     except Exception as error:
@@ -179,7 +179,7 @@ def check_05_4(answer: object) -> str:
     if refused := no_function(4, answer, "weight, A, B, scaling", hint):
         return refused
     for inputs, outputs in ((4, 4), (3, 9)):
-        W, A, B = _normal((inputs, outputs), (2, inputs), (outputs, 2))
+        W, A, B = normal((inputs, outputs), (2, inputs), (outputs, 2))
         call, before, update = f"with a weight of {inputs} × {outputs}", W.clone(), (B @ A).T
         try:
             got = answer(W, A.clone(), B.clone(), 2.0)
@@ -225,14 +225,14 @@ def check_05_5(answer: object) -> str:
     hint = "s grows by c. For the same ΔW, A and B must each be 1 / √c of what they were, at every step."
     if refused := no_function(5, answer, "c, optimiser", hint):
         return refused
-    target = _normal((OUT, IN))[0]
+    target = normal((OUT, IN))[0]
     for c, optimiser in ((4.0, "adam"), (4.0, "sgd"), (0.25, "adam"), (2.5, "sgd")):
         call = f"same_run({c:g}, {optimiser!r})"
         try:
             got = answer(c, optimiser)
         except Exception as error:
             return f"Exercise 5: not yet: {call} raises {type(error).__name__}: {error}"
-        if not isinstance(got, tuple | list) or len(got) != 2 or not all(map(_is_number, got)):
+        if not isinstance(got, tuple | list) or len(got) != 2 or any(real(each) is None for each in got):
             return f"Exercise 5: not yet: the answer is two factors, on the learning rate and on A₀; got {got!r}."
         rate, start = map(float, got)
         if min(rate, start) <= 0:
@@ -294,23 +294,14 @@ def check_05_6(answer: object) -> str:
         (torch.bfloat16, 0.1),
         (torch.float32, 0.001),
     ):
-        W, update = (each.float() for each in _normal((40, 30), (40, 30)))
-        W = W.to(dtype)
-        update *= size * W.float().norm() / update.norm()
-        before, call = W.clone(), f"with W in {str(dtype)[6:]} and ‖ΔW‖ = {size:g} ‖W‖"
-        try:
-            got = answer(W, update.clone())
-        except Exception as error:
-            return f"Exercise 6: not yet: {call} it raises {type(error).__name__}: {error}"
-        if not torch.equal(W, before):
-            return "Exercise 6: not yet: it changes the weight it was given."
-        if not _is_number(got):
-            return f"Exercise 6: not yet: {call} the answer is one number; got {got!r}."
+        W, update, call, got = measured_merge(6, answer, (40, 30), dtype, size)
+        if isinstance(got, str):
+            return got
         changed = (W.double() + update.double()).to(dtype).double() - W.double()
         right = float((update.double() - changed).norm() / update.double().norm())
-        if abs(float(got) - right) > 0.02 * right + 1e-4:
-            found = _merge_problem(float(got), right, changed, W, update) or f"Hint: {hint}"
-            return f"Exercise 6: not yet: {call} it gives {float(got):.3g}. {found}"
+        if abs(got - right) > 0.02 * right + 1e-4:
+            found = _merge_problem(got, right, changed, W, update) or f"Hint: {hint}"
+            return f"Exercise 6: not yet: {call} it gives {got:.3g}. {found}"
     return (
         "Exercise 6: right. In bfloat16 a step between two numbers is up to 1/128 of their size, and a change of less "
         "than half a step is lost."
@@ -337,20 +328,8 @@ def _merge_problem(got: float, right: float, changed: Tensor, W: Tensor, update:
     return ""
 
 
-def _normal(*shapes: tuple[int, ...]) -> list[Tensor]:
-    """Matrices of these shapes in float64, drawn anew at each call."""
-    return [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
-
-
 def _rank(matrix: Tensor) -> int:
     return int(torch.linalg.matrix_rank(matrix, rtol=1e-6))
-
-
-def _is_number(value: object) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError, RuntimeError):
-        return False
 
 
 def _pair(answer: Callable, name: str, *arguments: object) -> tuple[list[Tensor], str]:

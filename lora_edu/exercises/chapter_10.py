@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_edu import counting, lowrank
-from lora_edu.exercises.answers import judge, no_function, same
+from lora_edu.exercises.answers import judge, measured_merge, no_function, normal, real, same
 from lora_edu.lora import choose_ranks
 
 OUT, IN = 9, 7  # of the small layers that the functions are tried on
@@ -24,7 +24,7 @@ def check_10_1(answer: object) -> str:
         return refused
     for ranks, scalings, rank in (((2, 2), (1.0, 1.0), 2), ((2, 3, 1), (2.0, 0.5, 1.0), 3)):
         parts = [
-            (*_normal((OUT, r), (r, IN)), s) for r, s in zip(ranks, scalings, strict=True)
+            (*normal((OUT, r), (r, IN)), s) for r, s in zip(ranks, scalings, strict=True)
         ]  # (B, A, s) of each
         call = f"with {len(parts)} adapters of ranks {ranks}, to rank {rank}"
         try:
@@ -75,9 +75,9 @@ def check_10_2(answer: object) -> str:
     if refused := no_function(2, answer, "B, A, share", hint):
         return refused
     for share in (0.5, 0.9, 0.99):
-        U, V = (torch.linalg.qr(m).Q for m in _normal((OUT, 6), (IN, 6)))
+        U, V = (torch.linalg.qr(m).Q for m in normal((OUT, 6), (IN, 6)))
         S = torch.tensor([4.0, 3.0, 2.5, 1.5, 1.0, 0.5], dtype=torch.float64)
-        (mix,) = _normal((6, 6))
+        (mix,) = normal((6, 6))
         B, A = U * S @ mix, torch.linalg.solve(mix, V.T)
         try:
             got = answer(B.clone(), A.clone(), share)
@@ -184,19 +184,9 @@ def check_10_4(answer: object) -> str:
     if refused := no_function(4, answer, "W, update", hint):
         return refused
     for dtype, size in ((torch.bfloat16, 0.003), (torch.float16, 0.0003), (torch.bfloat16, 0.1)):
-        W, update = (each.float() for each in _normal((60, 50), (60, 50)))
-        W = W.to(dtype)
-        update *= size * W.float().norm() / update.norm()
-        before, call = W.clone(), f"with W in {str(dtype)[6:]} and ‖ΔW‖ = {size:g} ‖W‖"
-        try:
-            got = answer(W, update.clone())
-        except Exception as error:
-            return f"Exercise 4: not yet: {call} it raises {type(error).__name__}: {error}"
-        if not torch.equal(W, before):
-            return "Exercise 4: not yet: it changes the weight it was given."
-        value = _real(got)
-        if value is None:
-            return f"Exercise 4: not yet: {call} the answer is one number; got {_shown(got)}."
+        W, update, call, value = measured_merge(4, answer, (60, 50), dtype, size, _shown)
+        if isinstance(value, str):
+            return value
         changed = ((W.float() + update).to(dtype).float() - W.float()).double()
         whole = update.double()
         inner = float((changed * whole).sum())
@@ -229,7 +219,7 @@ def check_10_5(answer: object) -> str:
     if refused := no_function(5, answer, "x, A, B, rows", hint):
         return refused
     for rows in ([1, 0, 1, 2], [-1, 2, 0, -1, 2], [-1, -1]):
-        x, A, B = _normal((len(rows), 3, IN), (3, 2, IN), (3, OUT, 2))
+        x, A, B = normal((len(rows), 3, IN), (3, 2, IN), (3, OUT, 2))
         call = f"with rows {rows}"
         try:
             got = answer(x.clone(), A.clone(), B.clone(), list(rows))
@@ -284,22 +274,9 @@ def check_10_6(answer: object) -> str:
     )
 
 
-def _normal(*shapes: tuple[int, ...]) -> list[Tensor]:
-    """Tensors of these shapes in float64, drawn anew at each call."""
-    return [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
-
-
-def _real(value: object) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _number(value: object) -> int | None:
     """A whole number, None for anything else."""
-    number = _real(value)
+    number = real(value)
     return int(number) if number is not None and number == int(number) else None
 
 

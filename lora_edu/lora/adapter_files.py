@@ -3,11 +3,12 @@
 Nothing from a file is ever executed, and no model is needed. Putting one into a model is peft_format.py's.
 """
 
+import contextlib
 import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,26 +185,44 @@ def read_adapter(path: str | Path) -> Adapter:
     What can be measured but not put into a model is read, and said under `refused` and `objections`.
     """
     weights, config = find_adapter(expanded(path))
+    with _opened(weights) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+        shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
+        formats = {key: each.get_dtype() for key, each in slices.items()}
+        metadata = file.metadata() or {}
+        keys = sort_keys(shapes)
+        config = config if config is not None else _config_of(metadata)
+        _check_formats(formats, (key for pair in keys.pairs.values() for key in pair.values()))
+        for name in [name for name, key in keys.whole.items() if formats[key] not in DTYPES]:
+            keys.objections.append(f"{printable(name)}, stored whole, is in {formats[keys.whole[name]]}")
+            del keys.whole[name]
+        read = {key: file.get_tensor(key).clone() for key in _wanted(keys)}
+    return _assemble(weights, config, keys, read)
+
+
+@contextlib.contextmanager
+def _opened(weights: Path) -> Iterator[safe_open]:
+    """A safetensors file to read from; what goes wrong with it is an AdapterError with the reason."""
     try:
         with safe_open(weights, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-            shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
-            formats = {key: each.get_dtype() for key, each in slices.items()}
-            metadata = file.metadata() or {}
-            keys = sort_keys(shapes)
-            config = config if config is not None else _config_of(metadata)
-            for key in (key for pair in keys.pairs.values() for key in pair.values()):
-                if formats[key] not in DTYPES:
-                    raise AdapterError(f"{printable(key)} must be in {', '.join(DTYPES)}; got {formats[key]}")
-            for name in [name for name, key in keys.whole.items() if formats[key] not in DTYPES]:
-                keys.objections.append(f"{printable(name)}, stored whole, is in {formats[keys.whole[name]]}")
-                del keys.whole[name]
-            read = {key: file.get_tensor(key).clone() for key in _wanted(keys)}
+            yield file
     except AdapterError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError(f"{weights.name} is damaged or truncated: {printable(str(error))}") from None
-    return _assemble(weights, config, keys, read)
+
+
+def _check_formats(formats: Mapping[str, str], keys: Iterable[str]) -> None:
+    for key in keys:
+        if formats[key] not in DTYPES:
+            raise AdapterError(f"{printable(key)} must be in {', '.join(DTYPES)}; got {formats[key]}")
+
+
+def _infinite(read: Mapping[str, Tensor]) -> Iterator[str]:
+    """What there is to say of each tensor that isn't finite."""
+    for key, tensor in read.items():
+        if not torch.isfinite(tensor).all():
+            yield f"{printable(key)} has entries that are infinite or NaN: the file is damaged or training diverged"
 
 
 def _wanted(keys: _Keys) -> Iterable[str]:
@@ -276,22 +295,12 @@ def read_config(folder: Path, name: str = CONFIG) -> dict:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file: finite numbers in one of DTYPES, or AdapterError with the reason."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            formats = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-            for key, kind in formats.items():
-                if kind not in DTYPES:
-                    raise AdapterError(f"{printable(key)} must be in {', '.join(DTYPES)}; got {kind}")
-            read = {key: file.get_tensor(key).clone() for key in formats}
-    except AdapterError:
-        raise
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{path.name} is damaged or truncated: {printable(str(error))}") from None
-    for key, tensor in read.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"{printable(key)} has entries that are infinite or NaN: the file is damaged or training diverged"
-            )
+    with _opened(path) as file:
+        formats = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        _check_formats(formats, formats)
+        read = {key: file.get_tensor(key).clone() for key in formats}
+    for problem in _infinite(read):
+        raise AdapterError(problem)
     return read
 
 
@@ -544,11 +553,7 @@ def _assemble(weights: Path, config: dict | None, keys: _Keys, read: dict[str, T
                 f"{printable(name)} has rank {layers[name].rank}, but {CONFIG} says {config['r']}: the files "
                 "don't match"
             )
-    for key, tensor in read.items():
-        if not torch.isfinite(tensor).all():
-            objections.append(
-                f"{printable(key)} has entries that are infinite or NaN: the file is damaged or training diverged"
-            )
+    objections += _infinite(read)
     rows = {}
     for name, key in keys.rows.items():
         ids = _token_ids(config, name)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 POOLED = "lora_pool"  # the child of a layer that holds its adapters, where an AdapterPool serves it
+TUNED_BY = "tuning_method"  # the attribute of a model that says which method of lora_edu.tuning is on it
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -21,6 +22,13 @@ def _is_falcons(layer: nn.Module) -> bool:
     """Is this transformers' FalconLinear, x Wᵀ + b in two steps? The one subclass that computes what nn.Linear does."""
     kind = type(layer)
     return kind.__name__ == "FalconLinear" and kind.__module__.startswith("transformers.")
+
+
+def refuse_tuned(model: nn.Module) -> None:
+    """Raise ValueError if a method of lora_edu.tuning is on the model (unwrapped), with the way to take it off."""
+    record = vars(model).get(TUNED_BY)
+    if record is not None:
+        raise ValueError(f"the model has {record.name} already; remove_{record.name}(model) takes it off")
 
 
 def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embedding)) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_edu.text import nearest
 
-from .checks import is_conv1d, refuse_layer
+from .checks import is_conv1d, refuse_layer, refuse_tuned
 from .layers import LoRAEmbedding, LoRALinear, MergeReport
 
 Target = str | re.Pattern | type
@@ -78,8 +78,7 @@ def add_lora(
 def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> nn.Module:
     """Put `build(name, layer)` in each named layer's place, everywhere it is used; all of them or none."""
     model = unwrap(model)
-    if (other := vars(model).get("tuning_method")) is not None:  # lora_edu.tuning's mark
-        raise ValueError(f"the model has {other.name} already; remove_{other.name}(model) takes it off")
+    refuse_tuned(model)
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         refuse_at(model, name, layer, tied)

@@ -31,7 +31,15 @@ from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
 from lora_edu.recording import analysis, deltas, mixtures, ngrams, regimes, sweeps
 from lora_edu.recording import published as published_figures
-from lora_edu.recording.run import TARGETS, base_losses, divergence_from, record, record_all, tolerance
+from lora_edu.recording.run import (
+    TARGETS,
+    base_losses,
+    divergence_from,
+    packed,
+    record,
+    record_all,
+    tolerance,
+)
 from lora_edu.recording.run import check as run_again
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, evaluate, fit
@@ -301,9 +309,7 @@ class Maker:
         content = (
             {"command": "make data", "versions": self._manifest()["versions"], "threads": 1} | content | parts
         )
-        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in content.pop("rows"))
-        head = json.dumps(content, ensure_ascii=False)[:-1]
-        write_atomically(path, f'{head},\n"rows": [\n{rows}\n]}}\n'.encode())
+        write_atomically(path, packed(content, content.pop("rows")))
         self.describe(
             "sweeps.json", "recorded tuning runs: settings, seed, losses, parameters, seconds; their analysis"
         )
@@ -328,7 +334,7 @@ class Maker:
     def mixtures(self) -> dict:
         """Two of the adapters mixed on a grid of weights: losses on three texts, and what is written."""
         rows = list(mixtures.record_all(mixtures.pairs(), lambda each: tqdm(each, "mixtures", leave=False)))
-        write_atomically(self.out / "mixtures.json", mixtures.packed(rows))
+        write_atomically(self.out / "mixtures.json", packed(mixtures.HEAD, rows))
         self.describe("mixtures.json", "two adapters mixed: losses on three texts for each pair of weights")
         return {"rows": len(rows)}
 
@@ -355,9 +361,8 @@ class Maker:
 
     def write_regimes(self, rows: list[dict], folder: Path) -> None:
         """regimes.json, a row a line, and the gentle ΔW."""
-        head = json.dumps({"command": "make data", "versions": self._manifest()["versions"], "threads": 1})
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        write_atomically(self.out / "regimes.json", f'{head[:-1]},\n"rows": [\n{lines}\n]}}\n'.encode())
+        head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
+        write_atomically(self.out / "regimes.json", packed(head, rows))
         self.describe(
             "regimes.json", "full tuning over rates and steps, far and near: spectra, losses of every cut"
         )

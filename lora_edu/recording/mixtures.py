@@ -3,7 +3,6 @@
 No training here, and no weights are kept: the adapters ship, and any row can be computed again from them.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -28,6 +27,15 @@ BETWEEN = (
     0.75,
     0.875,
 )  # from one adapter to the other, beside the grid's 0, 0.5 and 1
+
+HEAD = {  # of mixtures.json: how its rows were made
+    "command": "make data",
+    "adapters": ADAPTERS,
+    "tokens": WINDOWS * CONTEXT,
+    "prompt": PROMPT,
+    "temperature": TEMPERATURE,
+    "seed": SEED,
+}
 
 
 def pairs() -> list[tuple[float, float]]:
@@ -86,17 +94,3 @@ def record_all(
             "losses": {text: round(loss(model, tokens), 4) for text, tokens in windows.items()},
             "text": tokenizer.decode(written.tolist()),
         }
-
-
-def packed(rows: list[dict]) -> bytes:
-    """mixtures.json: how the rows were made, then a row a line."""
-    head = {
-        "command": "make data",
-        "adapters": ADAPTERS,
-        "tokens": WINDOWS * CONTEXT,
-        "prompt": PROMPT,
-        "temperature": TEMPERATURE,
-        "seed": SEED,
-    }
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    return f'{json.dumps(head)[:-1]},\n"rows": [\n{lines}\n]}}\n'.encode()

@@ -257,6 +257,12 @@ def base_losses() -> dict[str, dict[str, float]]:
     return {name: {key: round(value, 4) for key, value in each.items()} for name, each in losses.items()}
 
 
+def packed(head: Mapping, rows: Iterable[Mapping]) -> bytes:
+    """A JSON file of rows: what stands before them, and "rows", a row a line, so that a change shows as a line."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    return f'{json.dumps(head, ensure_ascii=False)[:-1]},\n"rows": [\n{lines}\n]}}\n'.encode()
+
+
 # ---- many runs -------------------------------------------------------------------------------------------------
 
 

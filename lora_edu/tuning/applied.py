@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_edu.lora import lora_layers
+from lora_edu.lora.checks import TUNED_BY, refuse_tuned
 from lora_edu.lora.inject import unwrap
-
-HELD_BY = "tuning_method"  # the attribute of the model
 
 
 class Applied(NamedTuple):
@@ -34,7 +33,7 @@ class Applied(NamedTuple):
 
 def applied(model: nn.Module) -> str | None:
     """The name of the method on the model, or None."""
-    record = vars(unwrap(model)).get(HELD_BY)
+    record = vars(unwrap(model)).get(TUNED_BY)
     return record.name if isinstance(record, Applied) else None
 
 
@@ -51,8 +50,7 @@ def refuse_second(model: nn.Module) -> None:
         raise TypeError(
             "the model is wrapped in DistributedDataParallel; put the method on first, then wrap it"
         )
-    if (name := applied(model)) is not None:
-        raise ValueError(f"the model has {name} already; remove_{name}(model) takes it off")
+    refuse_tuned(unwrap(model))
     if lora_layers(model):
         raise ValueError("the model has LoRA already; remove_lora(model) takes it off")
     if hasattr(unwrap(model), "subspace"):
@@ -78,10 +76,21 @@ def mark(
     trainable = [each for each, parameter in named if parameter.requires_grad]
     parameters = dict(named)
     originals = {each: parameters[each].detach().clone() for each in trained}
-    setattr(model, HELD_BY, Applied(name, dict(options), undo, trainable, originals))
+    setattr(model, TUNED_BY, Applied(name, dict(options), undo, trainable, originals))
     model.requires_grad_(False)
     for each in originals:
         parameters[each].requires_grad_(True)
+
+
+def remark(model: nn.Module, **changes) -> None:
+    """Change what is written down of the method on the model, as when it is folded: name, options or undo."""
+    setattr(unwrap(model), TUNED_BY, _record(model, None)._replace(**changes))
+
+
+def check_applied(model: nn.Module, name: str) -> None:
+    """Raise ValueError unless the method `name` is on the model."""
+    if applied(model) != name:
+        raise ValueError(f"the model has {applied(model) or 'nothing'} on it, not {name}")
 
 
 def trained_in_place(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -104,7 +113,7 @@ def take_off(model: nn.Module, name: str, keep: bool = False) -> nn.Module:
         with torch.no_grad():
             for each, parameter in trained_in_place(model).items():
                 parameter.copy_(record.originals[each])
-    delattr(inner, HELD_BY)
+    delattr(inner, TUNED_BY)
     for each, parameter in inner.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(each in record.trainable)
         if not parameter.requires_grad:
@@ -118,4 +127,4 @@ def _record(model: nn.Module, name: str | None) -> Applied:
         raise ValueError(f"the model has no {name or 'method of lora_edu.tuning'} to take off")
     if name not in (None, there):
         raise ValueError(f"the model has {there}, not {name}; remove_{there}(model) takes it off")
-    return vars(unwrap(model))[HELD_BY]
+    return vars(unwrap(model))[TUNED_BY]

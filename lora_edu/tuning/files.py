@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lora_edu.lora import trainable_parameters
 from lora_edu.lora.adapter_files import (
     CONFIG,
     WEIGHTS,
@@ -109,7 +110,7 @@ def _load_ours(model: nn.Module, folder: Path) -> nn.Module:
 
 def trained_parameters(model: nn.Module) -> int:
     """How many numbers of the model are trained."""
-    return sum(each.numel() for each in model.parameters() if each.requires_grad)
+    return sum(each.numel() for each in trainable_parameters(model))
 
 
 def stored_parameters(model: nn.Module) -> int:

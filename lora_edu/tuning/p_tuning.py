@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_edu.lora.inject import unwrap
 
-from .applied import HELD_BY, applied, applied_options, mark, refuse_second, take_off
+from .applied import applied_options, check_applied, mark, refuse_second, remark, take_off
 from .prompt_tuning import NAME as FOLDED
 from .prompt_tuning import Prompt, config_of
 from .prompt_tuning import from_peft as prompt_from_peft
@@ -112,10 +112,8 @@ def fold_p_tuning(model: nn.Module) -> nn.Module:
     """
     embeddings = state(model)["prompt_embeddings"]
     inner = unwrap(model)
-    record = vars(inner)[HELD_BY]
     undo(inner)
-    options = {"tokens": len(embeddings)}
-    setattr(inner, HELD_BY, record._replace(name=FOLDED, options=options, undo=undo_prompt))
+    remark(model, name=FOLDED, options={"tokens": len(embeddings)}, undo=undo_prompt)
     inner.prompt_tuning = Prompt(embeddings)
     connect_prompt(inner, inner.prompt_tuning, len(embeddings))
     return model
@@ -132,8 +130,7 @@ def undo(model: nn.Module) -> None:
 @torch.no_grad()
 def state(model: nn.Module) -> dict[str, Tensor]:
     """What is stored: the embeddings P (tokens, width), without the encoder, and without its dropout."""
-    if applied(model) != NAME:
-        raise ValueError(f"the model has {applied(model) or 'nothing'} on it, not p_tuning")
+    check_applied(model, NAME)
     source = unwrap(model).p_tuning
     was_training = source.training
     embeddings = source.eval()()

@@ -12,7 +12,7 @@ from lora_edu.lora import AdapterError
 from lora_edu.lora.inject import unwrap
 from lora_edu.text import printable
 
-from .applied import HELD_BY, applied, applied_options, mark, refuse_second, take_off
+from .applied import applied_options, check_applied, mark, refuse_second, remark, take_off
 from .virtual_tokens import (
     check_seed,
     check_tokens,
@@ -125,8 +125,7 @@ def fold_prefix_tuning(model: nn.Module) -> nn.Module:
         raise ValueError("this prefix has no MLP to fold: it was not reparametrised, or is folded already")
     layers, heads = inner.prefix_tuning.layers, inner.prefix_tuning.heads
     undo(inner)
-    options = {"tokens": len(values), "reparametrise": False}
-    setattr(inner, HELD_BY, vars(inner)[HELD_BY]._replace(options=options))
+    remark(model, options={"tokens": len(values), "reparametrise": False})
     inner.prefix_tuning = Prefix(values)
     connect_prefix(inner, inner.prefix_tuning, len(values), layers, heads)
     return model
@@ -161,8 +160,7 @@ def _hidden(reparametrise: bool | int, width: int) -> int:
 @torch.no_grad()
 def state(model: nn.Module) -> dict[str, Tensor]:
     """What is stored: keys and values (tokens, 2 · layers · d) in PEFT's order, without the MLP."""
-    if applied(model) != NAME:
-        raise ValueError(f"the model has {applied(model) or 'nothing'} on it, not prefix_tuning")
+    check_applied(model, NAME)
     return {"prompt_embeddings": unwrap(model).prefix_tuning().detach().clone()}
 
 

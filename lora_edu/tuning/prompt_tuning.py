@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_edu.lora.inject import unwrap
 
-from .applied import applied, mark, refuse_second, take_off
+from .applied import check_applied, mark, refuse_second, take_off
 from .virtual_tokens import (
     Place,
     check_seed,
@@ -116,8 +116,7 @@ def _start(where: Place, tokens: int, init: str | list[int], common: int, seed: 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """What is stored: the embeddings (tokens, width)."""
-    if applied(model) != NAME:
-        raise ValueError(f"the model has {applied(model) or 'nothing'} on it, not prompt_tuning")
+    check_applied(model, NAME)
     return {"prompt_embeddings": unwrap(model).prompt_tuning().detach().clone()}
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .applied import applied
+from lora_edu.lora.checks import refuse_tuned
+from lora_edu.lora.inject import unwrap
 
 
 def sparse_projection(size: int, dimension: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -132,8 +133,7 @@ def subspace(
     """
     if hasattr(model, "subspace"):
         raise ValueError("the model has a `subspace` already; remove_subspace(model) takes it out")
-    if (other := applied(model)) is not None:
-        raise ValueError(f"the model has {other} already; remove_{other}(model) takes it off")
+    refuse_tuned(unwrap(model))
     chosen = _choose(model, parameters)
     handle = Subspace(chosen, dimension, seed)
     handle._trainable_before = [name for name, each in model.named_parameters() if each.requires_grad]

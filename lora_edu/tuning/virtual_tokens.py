@@ -276,8 +276,8 @@ def _kept_by_tinylm(model: TinyLM, tokens: Tensor) -> list[tuple[Tensor, Tensor]
     kept, x = [], model.embedding(tokens)
     for block in model.blocks:
         attention, y = block.attention, block.attention_norm(x)
-        key, value = _by_head(attention, attention.key(y)), _by_head(attention, attention.value(y))
-        kept.append((_turn(attention, key, 0), value))
+        key, value = attention.by_head(attention.key(y)), attention.by_head(attention.value(y))
+        kept.append((attention.turn(key), value))
         x = block(x)
     return kept
 
@@ -310,26 +310,13 @@ def _hidden_after_prefix(source: nn.Module, model: TinyLM, tokens: Tensor) -> Te
 def _attend(attention: Attention, x: Tensor, key_before: Tensor, value_before: Tensor) -> Tensor:
     """TinyLM's attention, each token also to all of the prefix: x (batch, time, width), *_before (heads, tokens, …)."""
     virtual, time = key_before.shape[1], x.shape[1]
-    query = _turn(attention, _by_head(attention, attention.query(x)), virtual)
-    key = _turn(attention, _by_head(attention, attention.key(x)), virtual)
+    query = attention.turn(attention.by_head(attention.query(x)), virtual)
+    key = attention.turn(attention.by_head(attention.key(x)), virtual)
     key = torch.cat([_for_each(key_before, x), key], dim=2)
-    value = torch.cat([_for_each(value_before, x), _by_head(attention, attention.value(x))], dim=2)
+    value = torch.cat([_for_each(value_before, x), attention.by_head(attention.value(x))], dim=2)
     seen = torch.ones(time, virtual + time, dtype=torch.bool, device=x.device).tril(virtual)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
     return attention.output(mixed.transpose(1, 2).reshape(x.shape))
-
-
-def _by_head(attention: Attention, y: Tensor) -> Tensor:
-    batch, time, width = y.shape
-    return y.view(batch, time, attention.heads, width // attention.heads).transpose(1, 2)
-
-
-def _turn(attention: Attention, y: Tensor, start: int) -> Tensor:
-    """Attention.turn for positions from `start` on."""
-    at = slice(start, start + y.shape[-2])
-    first, second = y.chunk(2, dim=-1)
-    cosine, sine = attention.cosine[at].to(y.dtype), attention.sine[at].to(y.dtype)
-    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 
 def _fill(source: nn.Module, backbone: nn.Module, args: tuple, kwargs: dict):

@@ -8,6 +8,7 @@ import torch
 from lora_edu.data import adapter_folder, load_checkpoint, load_mixtures
 from lora_edu.lora import load_adapter, mix, read_adapter
 from lora_edu.recording import make, mixtures
+from lora_edu.recording.run import packed
 from lora_edu.tinylm import TinyLM
 
 
@@ -55,7 +56,7 @@ def test_a_recorded_row_is_found_again():
 
 def test_the_file_has_a_row_a_line():
     row = {"weights": {"reference": 0.5, "manual": 0.5}, "losses": {"code": 4.1}, "text": "Return the\nvalue"}
-    content = mixtures.packed([row, row])
+    content = packed(mixtures.HEAD, [row, row])
     assert json.loads(content)["rows"] == [row, row]
     assert len(content.decode().splitlines()) == 5
 

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_edu.lora import trainable_parameters
 from lora_edu.tinylm import TinyLM
-from lora_edu.tuning import fold_p_tuning, p_tuning
+from lora_edu.tuning import fold_p_tuning, p_tuning, trained_parameters
 from lora_edu.tuning.applied import applied, applied_options
 from lora_edu.tuning.p_tuning import state
 
@@ -19,21 +18,17 @@ def small(**options):
     return TinyLM(**{"vocabulary": 40, "width": 20, "layers": 1, "heads": 5, "context": 64} | options)
 
 
-def numbers(model):
-    return sum(each.numel() for each in trainable_parameters(model))
-
-
 @given(st.integers(1, 30), st.integers(1, 3).map(lambda each: 10 * each), st.integers(1, 17))
 @settings(max_examples=15, deadline=None)
 def test_an_mlp_encoder_has_three_layers_and_a_prompt_is_stored(k, d, h):
     model = p_tuning(small(width=d), k, hidden=h)
     assert (
-        numbers(model)
+        trained_parameters(model)
         == k * d + (d * h + h) + (h * h + h) + (h * d + d)
         == k * d + 2 * d * h + h * h + 2 * h + d
     )
     assert state(model)["prompt_embeddings"].shape == (k, d)
-    assert numbers(fold_p_tuning(model)) == k * d
+    assert trained_parameters(fold_p_tuning(model)) == k * d
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3))
@@ -42,8 +37,10 @@ def test_an_lstm_encoder_reads_both_ways_before_two_layers(k, h, layers):
     model, d = p_tuning(small(), k, "lstm", h, layers=layers), 20
     first = 2 * (4 * h * d + 4 * h * h + 8 * h)  # two directions, four gates, two biases each
     above = 2 * (4 * h * 2 * h + 4 * h * h + 8 * h)
-    assert numbers(model) == k * d + first + (layers - 1) * above + 4 * h * h + 2 * h + 2 * h * d + d
-    assert numbers(fold_p_tuning(model)) == k * d
+    assert (
+        trained_parameters(model) == k * d + first + (layers - 1) * above + 4 * h * h + 2 * h + 2 * h * d + d
+    )
+    assert trained_parameters(fold_p_tuning(model)) == k * d
 
 
 def test_the_hidden_width_is_the_models_unless_given():
@@ -64,7 +61,7 @@ def test_folded_it_is_prompt_tuning_and_named_so():
     assert applied(model) == "p_tuning"
     fold_p_tuning(model)
     assert applied(model) == "prompt_tuning" and applied_options(model) == {"tokens": 5}
-    assert not hasattr(model, "p_tuning") and numbers(model) == 5 * 20
+    assert not hasattr(model, "p_tuning") and trained_parameters(model) == 5 * 20
     with pytest.raises(ValueError, match="has prompt_tuning on it, not p_tuning"):
         fold_p_tuning(model)
 
