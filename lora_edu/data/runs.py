@@ -177,3 +177,41 @@ def around(runs: Mapping[int, Mapping], level: float) -> tuple[int, int]:
     """(the largest d below the smallest that reaches an accuracy, that smallest d), of the runs by dimension."""
     above = min(d for d, row in runs.items() if row["accuracy"] >= level)
     return max(d for d in runs if d < above), above
+
+
+# ---- the methods side by side (data/methods.json) --------------------------------------------------------------
+
+
+def tuned_method(
+    rows: Iterable[Mapping], task: str, method: str, size: int | None, steps: int
+) -> Mapping | None:
+    """Of the rows of one method and size that differ in their rate alone (seed 0) the best on validation text; None
+    where it is not between two others: then it may not be called tuned."""
+    grid = method_grid(rows, task, method, size, steps)
+    loss = lambda row: math.inf if row["validation"] is None else row["validation"]
+    best_row = min(grid, key=loss, default=None)
+    return None if best_row in (None, *grid[:1], *grid[-1:]) else best_row
+
+
+def method_grid(rows: Iterable[Mapping], task: str, method: str, size: int | None, steps: int) -> list[Mapping]:
+    """The rows of one method and size with seed 0, by rate; those that blew up too."""
+    about = {"task": task, "method": method, "size": size, "steps": steps, "seed": 0}
+    return sorted((row for row in rows if about.items() <= row.items()), key=lambda row: row["rate"])
+
+
+def tuned_rate(rows: Iterable[Mapping], task: str, method: str, size: int | None, steps: int) -> float | None:
+    """A method's tuned rate at a size: its own where a grid was tried there, else on a line in the logarithms between
+    the next smaller and the next larger size that have one; None where nothing is tuned."""
+    rows = [row for row in rows if (row["task"], row["method"], row["steps"]) == (task, method, steps)]
+    own = tuned_method(rows, task, method, size, steps)
+    if own is not None or size is None:
+        return None if own is None else own["rate"]
+    if len(method_grid(rows, task, method, size, steps)) > 1:
+        return None  # a grid that is not wide enough yet
+    tuned_sizes = {s: tuned_method(rows, task, method, s, steps) for s in {row["size"] for row in rows}}
+    points = sorted((math.log(s), math.log(row["rate"])) for s, row in tuned_sizes.items() if row is not None)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 < math.log(size) < x1:
+            share = (math.log(size) - x0) / (x1 - x0)
+            return float(f"{math.exp(y0 + (y1 - y0) * share):.2g}")
+    return None

@@ -75,13 +75,20 @@ def texts(task: str) -> dict[str, Tensor]:
     "held out" is what losses are measured on: 30 windows of 256 tokens, spread evenly over the test split (far), or
     over every fourth piece of 2048 tokens of validation and test together, whose other pieces are the near task's text.
     """
-    text = corpus.load_corpus("reference")
     if task == "far":
+        text = corpus.load_corpus("reference")
         return {"train": text.train, "held out": _windows(text.test)}
+    train, rest = near_pieces()
+    return {"train": train, "held out": _windows(rest)}
+
+
+def near_pieces() -> tuple[Tensor, Tensor]:
+    """(three fourths, a fourth) of the reference text's validation and test tokens, in pieces of 2048."""
+    text = corpus.load_corpus("reference")
     unseen = torch.cat([text.validation, text.test])
     pieces = unseen[: len(unseen) // 2048 * 2048].view(-1, 2048)
     fourth = torch.arange(len(pieces)) % 4 == 3
-    return {"train": pieces[~fourth].flatten(), "held out": _windows(pieces[fourth].flatten())}
+    return pieces[~fourth].flatten(), pieces[fourth].flatten()
 
 
 def _windows(tokens: Tensor, number: int = 30) -> Tensor:
