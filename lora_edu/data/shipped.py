@@ -128,6 +128,18 @@ def load_regimes(**settings) -> list[dict]:
     return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
 
 
+def load_methods(**settings) -> list[dict]:
+    """The rows of data/methods.json with the given settings (`task="far"`, `method="lora"`, `steps=100`, `seed=0`, …).
+
+    A row: task ("far" and "near" as in `load_regimes`), method, size (r, m or k; None where there is none), rate,
+    steps, seed; trained and stored, numbers; validation, test, code: nats a token (None where the rate was too large
+    and the run blew up); training, the mean of the last 20 steps. The row of method "none" is the model before tuning.
+    `lora_edu.recording.methods` made them; `lora_edu.data.runs` finds the tuned ones (`tuned_method`, `tuned_rate`).
+    """
+    rows = json.loads(data_file("methods.json").read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
+
+
 def load_deltas() -> dict:
     """What `lora_edu.recording.deltas` found after short tunings: "another text", "planted with labels"."""
     return json.loads(data_file("deltas.json").read_text(encoding="utf-8"))

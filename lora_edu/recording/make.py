@@ -29,7 +29,7 @@ from lora_edu.data import corpus, published, shipped
 from lora_edu.data.runs import SETTINGS, best, name_of
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
-from lora_edu.recording import analysis, deltas, mixtures, ngrams, regimes, sweeps
+from lora_edu.recording import analysis, deltas, methods, mixtures, ngrams, regimes, sweeps
 from lora_edu.recording import published as published_figures
 from lora_edu.recording.run import (
     TARGETS,
@@ -67,6 +67,7 @@ STAGES = (
     "regimes",
     "published",
     "deltas",
+    *methods.STAGES,
 )
 CHECKED = (  # what `--check` runs again unless told otherwise
     "lora rank=1 rate=0.012 targets=blocks steps=8",
@@ -98,11 +99,14 @@ CONSTANTS: dict[str, tuple] = {
     ),
     "published": (published.PUBLISHED["rxnfp"].requirement, published_figures.RANKS, published_figures.SIZES),
     "deltas": (deltas.RATE, deltas.STEPS, deltas.BATCH, deltas.SIZES, deltas.CUTS, deltas.PAIRS),
+    "methods_far": (methods.CONTEXT, methods.BATCH),
 }
 NEEDS = {
     "losses": ("tune",),
     "planted_lora": ("planted",),
     "mixtures": ("adapters", "second_text"),
+    "methods_near": ("tune", "methods_far"),
+    "methods_long": ("methods_far",),
 }  # stages whose files one builds on, beside the base's
 
 
@@ -138,16 +142,23 @@ class Maker:
             began = time.monotonic()
             if not self.done(stage):
                 print(f"{stage} …", flush=True)
-                facts = self.sweep(stage) if stage in sweeps.STAGES else getattr(self, stage)()
+                facts = self._do(stage)
                 facts |= {"seconds": round(time.monotonic() - began), "constants": constants_of(stage)}
                 self.record(stage, facts)
             print(f"{stage}: {json.dumps(self.facts()[stage])}", flush=True)
+
+    def _do(self, stage: str) -> dict:
+        if stage in sweeps.STAGES:
+            return self.sweep(stage)
+        return self.side_by_side(stage) if stage in methods.STAGES else getattr(self, stage)()
 
     def done(self, stage: str) -> bool:
         """Whether the manifest has the stage, made with today's constants, and no run that it asks for is missing."""
         facts = self.facts().get(stage)
         if facts is None or facts.get("constants", constants_of(stage)) != constants_of(stage):
             return False
+        if stage in methods.STAGES:
+            return not self._wanted_methods(stage)
         return stage not in sweeps.STAGES or not self._wanted(stage, self.rows())
 
     # ---- stages ------------------------------------------------------------------------------------------------
@@ -395,6 +406,47 @@ class Maker:
         )
         return {"tunings": 4, "rate": deltas.RATE, "steps": deltas.STEPS}
 
+    def side_by_side(self, stage: str) -> dict:
+        """One stage of the methods side by side, and methods.json with the rows of all stages so far."""
+        folder = self.work / "methods" / constants_of("methods_far")
+        with tqdm(desc=stage, leave=False) as bar:
+            tell = lambda text: bar.update()
+            for _ in methods.record_stage(stage, self.method_rows(), folder, tell=tell, **self._budgets()):
+                pass
+        read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        self.write_methods(read)
+        own = [row for row in self.method_rows() if row["method"] != "none"]
+        asked = methods.STAGES[stage](own, **self._budgets())
+        return {"runs": len({methods.name_of(run) for run in asked})}
+
+    def write_methods(self, rows: list[dict]) -> None:
+        """methods.json, a row a line, in the order of the stages, with the rows of the models before tuning."""
+        by_name = {methods.name_of(row): row for row in rows}
+        asked = [run for wanted in methods.STAGES.values() for run in wanted(rows, **self._budgets())]
+        names = dict.fromkeys(methods.name_of(run) for run in asked)
+        before = [methods.untuned(task) for task in ("far", "near")]
+        ordered = [*before, *(by_name[name] for name in names if name in by_name)]
+        head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
+        write_atomically(self.out / "methods.json", packed(head, ordered))
+        self.describe(
+            "methods.json", "every other way to tune TinyLM side by side: settings, losses, numbers trained"
+        )
+
+    def method_rows(self) -> list[dict]:
+        """The rows of methods.json so far."""
+        path = self.out / "methods.json"
+        return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+
+    def _wanted_methods(self, stage: str) -> list[dict]:
+        rows = [row for row in self.method_rows() if row["method"] != "none"]
+        known = {methods.name_of(row) for row in rows}
+        return [
+            run for run in methods.STAGES[stage](rows, **self._budgets()) if methods.name_of(run) not in known
+        ]
+
+    def _budgets(self) -> dict[str, int]:
+        return {"short": self.steps(methods.STEPS), "long": self.steps(methods.LONG)}
+
     def rows(self) -> list[dict]:
         """The rows recorded so far."""
         path = self.out / "sweeps.json"
@@ -544,10 +596,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.fresh:
         for path in [
             *work.glob("*.safetensors"),
-            *(arguments.out / name for name in ("MANIFEST.json", "sweeps.json", "regimes.json")),
+            *(
+                arguments.out / name
+                for name in ("MANIFEST.json", "sweeps.json", "regimes.json", "methods.json")
+            ),
         ]:
             path.unlink(missing_ok=True)
-        for name in ("runs", "regimes"):
+        for name in ("runs", "regimes", "methods"):
             shutil.rmtree(work / name, ignore_errors=True)
     torch.set_num_threads(2)
     shipped.use_folder(arguments.out)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lora_edu.data import corpus
 from lora_edu.data.runs import tuned_rate
-from lora_edu.loss import next_token_loss
 from lora_edu.lora import add_lora, lora_layers
+from lora_edu.loss import next_token_loss
 from lora_edu.paths import write_atomically
 from lora_edu.recording import regimes
 from lora_edu.recording.run import TARGETS, _one_thread
@@ -87,45 +87,47 @@ def name_of(run: Mapping) -> str:
 # ---- which runs ----------------------------------------------------------------------------------------------
 
 
-def wanted_far(rows: Iterable[Mapping]) -> list[dict]:
+def wanted_far(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -> list[dict]:
     """At the smallest and the largest size of every method five rates or more, until the best lies between others;
     then every size at its rate (between the two on a line in the logarithms), three seeds."""
     rows, runs = list(rows), []
     for method, sizes in SIZES.items():
         ends = dict.fromkeys((sizes[0], sizes[-1]))
         for size in ends:
-            runs += _grid(rows, MIDDLE[method], range(-2, 3), task="far", method=method, size=size, steps=STEPS)
+            runs += _grid(
+                rows, MIDDLE[method], range(-2, 3), task="far", method=method, size=size, steps=short
+            )
     for method, sizes in SIZES.items():
         for size in sizes:
-            rate = tuned_rate(rows, "far", method, size, STEPS)
+            rate = tuned_rate(rows, "far", method, size, short)
             if rate is not None:
-                about = {"task": "far", "method": method, "size": size, "steps": STEPS, "rate": rate}
+                about = {"task": "far", "method": method, "size": size, "steps": short, "rate": rate}
                 runs += [about | {"seed": seed} for seed in SEEDS]
     return runs
 
 
-def wanted_near(rows: Iterable[Mapping]) -> list[dict]:
+def wanted_near(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -> list[dict]:
     """One size of each method on the near task: five rates around half of the far one's, then three seeds."""
     rows, runs = list(rows), []
     for method, size in ONE_SIZE.items():
-        far = tuned_rate(rows, "far", method, size, STEPS)
+        far = tuned_rate(rows, "far", method, size, short)
         if far is None:
             continue
-        runs += _grid(rows, far / 2, range(-2, 3), task="near", method=method, size=size, steps=STEPS)
-        rate = tuned_rate(rows, "near", method, size, STEPS)
+        runs += _grid(rows, far / 2, range(-2, 3), task="near", method=method, size=size, steps=short)
+        rate = tuned_rate(rows, "near", method, size, short)
         if rate is not None:
-            about = {"task": "near", "method": method, "size": size, "steps": STEPS, "rate": rate}
+            about = {"task": "near", "method": method, "size": size, "steps": short, "rate": rate}
             runs += [about | {"seed": seed} for seed in SEEDS]
     return runs
 
 
-def wanted_long(rows: Iterable[Mapping]) -> list[dict]:
+def wanted_long(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -> list[dict]:
     """One size of each method with four times the steps, at three rates or more around the short run's best."""
     rows, runs = list(rows), []
     for method, size in ONE_SIZE.items():
-        short = tuned_rate(rows, "far", method, size, STEPS)
-        if short is not None:
-            runs += _grid(rows, short, range(-1, 2), task="far", method=method, size=size, steps=LONG)
+        rate = tuned_rate(rows, "far", method, size, short)
+        if rate is not None:
+            runs += _grid(rows, rate, range(-1, 2), task="far", method=method, size=size, steps=long)
     return runs
 
 
@@ -152,7 +154,7 @@ def _validation(row: Mapping) -> float:
 
 @cache
 def texts(task: str) -> dict[str, Tensor]:
-    """"train": a stream; "validation", "test", "code": windows of CONTEXT + 1 tokens, (30 or 60, CONTEXT + 1).
+    """ "train": a stream; "validation", "test", "code": windows of CONTEXT + 1 tokens, (30 or 60, CONTEXT + 1).
 
     Rates are chosen on validation, losses reported on test. Of the near task, whose text is a quarter of the two
     splits, every second window is for validation.
@@ -164,7 +166,12 @@ def texts(task: str) -> dict[str, Tensor]:
         return {"train": text.train, "code": code} | held_out
     train, rest = regimes.near_pieces()
     windows = _windows(rest, 90)
-    return {"train": train, "validation": windows[1::3], "test": windows[torch.arange(90) % 3 != 1], "code": code}
+    return {
+        "train": train,
+        "validation": windows[1::3],
+        "test": windows[torch.arange(90) % 3 != 1],
+        "code": code,
+    }
 
 
 def _windows(tokens: Tensor, number: int) -> Tensor:
@@ -272,7 +279,7 @@ def untuned(task: str) -> dict:
 # ---- all of them ---------------------------------------------------------------------------------------------
 
 # Stage → the runs that it asks for, given the rows so far; asked again with its own, it may want more.
-STAGES: dict[str, Callable[[Iterable[Mapping]], list[dict]]] = {
+STAGES: dict[str, Callable[[Iterable[Mapping], int, int], list[dict]]] = {
     "methods_far": wanted_far,
     "methods_near": wanted_near,
     "methods_long": wanted_long,
@@ -285,11 +292,12 @@ def record_stage(
     folder: Path,
     processes: int = 2,
     tell: Callable[[str], None] = print,
-    steps: Callable[[int], int] = int,
+    short: int = STEPS,
+    long: int = LONG,
 ) -> Iterator[dict]:
     """The rows of a stage that are not among `rows`, as they are done; `processes` at a time with one thread each.
 
-    Stopped, it goes on from there. steps: what is made of a number of steps, for short trials.
+    Stopped, it goes on from there. short, long: the two budgets of steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {name_of(row): row for row in rows if row["method"] != "none"}
@@ -297,9 +305,9 @@ def record_stage(
         waiting = {}
         try:
             while True:
-                for run in STAGES[stage](known.values()):
+                for run in STAGES[stage](list(known.values()), short, long):
                     if name_of(run) not in known and name_of(run) not in waiting.values():
-                        waiting[pool.submit(_record, run, folder, steps(run["steps"]))] = name_of(run)
+                        waiting[pool.submit(record, run, folder)] = name_of(run)
                 if not waiting:
                     return
                 for done in wait(waiting, return_when=FIRST_COMPLETED).done:
@@ -310,7 +318,3 @@ def record_stage(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _record(run: Mapping, folder: Path, steps: int) -> dict:
-    return record(run | {"steps": steps}, folder) | {"steps": run["steps"]}
