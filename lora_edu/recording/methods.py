@@ -76,6 +76,7 @@ ONE_SIZE = {
     "prompt": 16,
     "p-tuning": 16,
 }
+PATIENT = ("lora", "prompt", "p-tuning", "prefix", "ia3", "bitfit")  # those that get LONG, too
 KEYS = ("task", "method", "size", "rate", "steps", "seed")
 
 
@@ -107,13 +108,13 @@ def wanted_far(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) ->
 
 
 def wanted_near(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -> list[dict]:
-    """One size of each method on the near task: five rates around half of the far one's, then three seeds."""
+    """One size of each method on the near task: three rates or more around half of the far one's, then three seeds."""
     rows, runs = list(rows), []
     for method, size in ONE_SIZE.items():
         far = tuned_rate(rows, "far", method, size, short)
         if far is None:
             continue
-        runs += _grid(rows, far / 2, range(-2, 3), task="near", method=method, size=size, steps=short)
+        runs += _grid(rows, far / 2, range(-1, 2), task="near", method=method, size=size, steps=short)
         rate = tuned_rate(rows, "near", method, size, short)
         if rate is not None:
             about = {"task": "near", "method": method, "size": size, "steps": short, "rate": rate}
@@ -122,9 +123,10 @@ def wanted_near(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -
 
 
 def wanted_long(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -> list[dict]:
-    """One size of each method with four times the steps, at three rates or more around the short run's best."""
+    """One size of a method with four times the steps, at three rates or more around the short run's best."""
     rows, runs = list(rows), []
-    for method, size in ONE_SIZE.items():
+    for method in PATIENT:
+        size = ONE_SIZE[method]
         rate = tuned_rate(rows, "far", method, size, short)
         if rate is not None:
             runs += _grid(rows, rate, range(-1, 2), task="far", method=method, size=size, steps=long)
