@@ -108,7 +108,7 @@ def load_package(package: str) -> dict[str, torch.Tensor]:
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for key, text in read_documents("reference"):
         if key.startswith(f"{package}/"):
-            split = _split_of(key.partition("#")[0], *_SHARES["reference"])
+            split = split_name(key.partition("#")[0], *_SHARES["reference"])
             texts[split] += [text] if split == "train" else _cut(text, seen)[0]
     tokenizer = load_tokenizer()
     end = tokenizer.token_to_id(END)
@@ -127,7 +127,7 @@ def split_texts(name: str) -> dict[str, list[str]]:
         return _split_by_group(documents)
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for key, text in documents:
-        texts[_split_of(key.partition("#")[0], *_SHARES[name])].append(text)
+        texts[split_name(key.partition("#")[0], *_SHARES[name])].append(text)
     return texts
 
 
@@ -262,7 +262,8 @@ def _position(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
-def _split_of(key: str, validation: float, test: float) -> str:
+def split_name(key: str, validation: float, test: float) -> str:
+    """ "train", "validation" or "test", by shares; it depends on the key only."""
     position = _position(key)
     return "test" if position < test else "validation" if position < test + validation else "train"
 
@@ -286,7 +287,7 @@ def _split_by_group(documents: list[tuple[str, str]]) -> dict[str, list[str]]:
     largest = max(groups.values(), key=lambda group: sum(len(documents[i][1]) for i in group))
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for group in groups.values():
-        split = "train" if group is largest else _split_of(documents[group[0]][0], *_SHARES["manual"])
+        split = "train" if group is largest else split_name(documents[group[0]][0], *_SHARES["manual"])
         texts[split] += [documents[i][1] for i in group]
     return texts
 

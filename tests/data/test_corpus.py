@@ -71,10 +71,10 @@ def test_shared_runs_counts_what_a_plain_comparison_counts(training, held_out):
 
 def test_a_split_hangs_on_the_name_alone():
     where = {
-        key: corpus._split_of(key, 0.03, 0.05) for key in ("os.py", "json/decoder.py", "enum.py", "ast.py")
+        key: corpus.split_name(key, 0.03, 0.05) for key in ("os.py", "json/decoder.py", "enum.py", "ast.py")
     }
-    assert where == {key: corpus._split_of(key, 0.03, 0.05) for key in where}
-    many = [corpus._split_of(f"module_{i}.py", 0.03, 0.05) for i in range(5000)]
+    assert where == {key: corpus.split_name(key, 0.03, 0.05) for key in where}
+    many = [corpus.split_name(f"module_{i}.py", 0.03, 0.05) for i in range(5000)]
     assert abs(many.count("test") / 5000 - 0.05) < 0.01 and abs(many.count("validation") / 5000 - 0.03) < 0.01
 
 
