@@ -76,7 +76,7 @@ ONE_SIZE = {
     "prompt": 16,
     "p-tuning": 16,
 }
-PATIENT = ("lora", "prompt", "p-tuning", "prefix", "ia3", "bitfit")  # those that get LONG, too
+PATIENT = ("lora", "prompt", "p-tuning", "prefix", "ia3")  # those that get LONG, too
 KEYS = ("task", "method", "size", "rate", "steps", "seed")
 
 
