@@ -4,8 +4,8 @@
 
 The methods are those of the recorded runs, each at a middle size. Two models: TinyLM with its trained weights, on 4
 texts of 192 tokens with fit's loss, which goes through the logits in slices; and GPT-2 (12 layers of width 768; 4 where
-something is timed) with random weights, a vocabulary of 5 000 and a head of its own, so that logits don't hide the rest,
-on 2 texts of 64 tokens, no dropout. Everything in float32, on one thread.
+something is timed) with random weights, a vocabulary of 5 000, so that logits don't hide the rest, and a head of its
+own, on 2 texts of 64 tokens, no dropout. Everything in float32, on one thread.
 
 - `memory`: the most that is private to a process at any moment of two training steps, over what it had with the model
   loaded and nothing else; a process (a fork) for each method. glibc is told to give freed memory back at once
