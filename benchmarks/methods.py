@@ -1,9 +1,9 @@
 """What each way of tuning costs beside its loss: memory of a step, seconds of a step, of a token, bytes on disk.
 
-    python benchmarks/methods.py [--repeats 3] [--rounds 25] [--layers 12] [--timed-layers 4] [--models …] [--only …]
+    python benchmarks/methods.py [--repeats 3] [--rounds 15] [--layers 6] [--timed-layers 4] [--models …] [--only …]
 
 The methods are those of the recorded runs, each at a middle size. Two models: TinyLM with its trained weights, on 4
-texts of 192 tokens with fit's loss, which goes through the logits in slices; and GPT-2 (12 layers of width 768; 4 where
+texts of 192 tokens with fit's loss, which goes through the logits in slices; and GPT-2 (6 layers of width 768; 4 where
 something is timed) with random weights, a vocabulary of 5 000, so that logits don't hide the rest, and a head of its
 own, on 2 texts of 64 tokens, no dropout. Everything in float32, on one thread.
 
@@ -38,6 +38,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -165,6 +166,11 @@ def memory_here(kind: str, layers: int) -> list[dict]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model, rows = base(kind, layers), []
+    small = nn.Parameter(torch.zeros(1))
+    small.grad = torch.zeros(1)
+    torch.optim.AdamW(
+        [small]
+    ).step()  # loads modules, once for all forks; no backward pass, which forks can't share
     for loss in LOSSES[kind]:
         for name in TRAINED:
             read, write = os.pipe()
@@ -188,7 +194,7 @@ def peak_of(kind: str, model: nn.Module, name: str, loss: str) -> int:
     with torch.no_grad():
         model(inputs[:1, :2])
     gc.collect()
-    watch = Peak(every=0.002)
+    watch = Peak()
     alone = watch.look()
     watch.most = 0
     watch.start()
@@ -278,14 +284,19 @@ class Reading:
     @torch.no_grad()
     def __init__(self, model: nn.Module, ids: Tensor):
         output = model(input_ids=ids, use_cache=True)
-        self.model, self.cache = model, output.past_key_values
+        # transformers calls it `cache` or, before, `past_key_values`
+        self.name = next(
+            name for name in ("cache", "past_key_values") if name in signature(model.forward).parameters
+        )
+        self.model, self.cache = model, output[self.name]
         self.next = output.logits[:, -1:].argmax(-1)
 
     @torch.no_grad()
-    def token(self) -> None:
-        """One token, and the cache as it was before."""
-        self.model(input_ids=self.next, past_key_values=self.cache, use_cache=True)
+    def token(self) -> Tensor:
+        """(1, vocabulary) logits after one more token, and the cache as it was before."""
+        output = self.model(input_ids=self.next, use_cache=True, **{self.name: self.cache})
         self.cache.crop(-1)
+        return output.logits[:, -1]
 
     def cached(self) -> int:
         return self.cache.get_seq_length()
@@ -416,7 +427,7 @@ def draw(record: dict) -> bytes:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("repeats", 3), ("rounds", 25), ("layers", 12), ("timed-layers", 4)):
+    for name, value in (("repeats", 3), ("rounds", 15), ("layers", 6), ("timed-layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--models", nargs="+", default=[TINY, GPT2], choices=[TINY, GPT2])
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
@@ -439,19 +450,25 @@ def main(arguments: list[str] | None = None) -> None:
         "settings": {"texts and tokens of a step": BATCHES, "text before a token": TEXT, "dtype": "float32"},
     }
     head = json.loads(json.dumps(head))  # as it is read back
-    path = options.results / "methods.json"
+    for part in options.only:
+        for kind in options.models:
+            began = time.perf_counter()
+            rows = PARTS[part](kind, options)
+            print(f"{part} of {kind}: {time.perf_counter() - began:.0f} s", flush=True)
+            keep(options.results, head, part, kind, rows)
+
+
+def keep(folder: Path, head: dict, part: str, kind: str, rows: list[dict]) -> None:
+    """Put the rows into the file, beside what the same settings gave before; the picture once all is there."""
+    path = folder / "methods.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     same = all(earlier.get(key) == head[key] for key in head)
-    record = head | {part: earlier.get(part, []) if same else [] for part in PARTS}
-    for part in options.only:
-        began = time.perf_counter()
-        new = [row for kind in options.models for row in PARTS[part](kind, options)]
-        kept = [row for row in record[part] if row["model"] not in options.models]
-        record[part] = sorted(new + kept, key=lambda row: row["model"] != TINY)
-        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
-        write_json(path, record)
-    if all({row["model"] for row in record[part]} == {TINY, GPT2} for part in PARTS):
-        write_atomically(options.results / "methods.png", draw(record))
+    record = head | {each: earlier.get(each, []) if same else [] for each in PARTS}
+    others = [row for row in record[part] if row["model"] != kind]
+    record[part] = sorted(rows + others, key=lambda row: row["model"] != TINY)
+    write_json(path, record)
+    if all({row["model"] for row in record[each]} == {TINY, GPT2} for each in PARTS):
+        write_atomically(folder / "methods.png", draw(record))
 
 
 if __name__ == "__main__":
