@@ -35,9 +35,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 
@@ -135,7 +137,7 @@ def tokens(kind: str, batch: int, time: int) -> Tensor:
 
 def full_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """All logits at once."""
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits(model, inputs).flatten(0, 1), targets.flatten())
 
 
 def training_step(
@@ -176,11 +178,15 @@ def memory_here(kind: str, layers: int) -> list[dict]:
             read, write = os.pipe()
             child = os.fork()
             if not child:
-                peak = peak_of(kind, model, name, loss)
-                os.write(write, str(peak).encode())
-                os._exit(0)
+                try:
+                    os.write(write, str(peak_of(kind, model, name, loss)).encode())
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(0)  # never back into the parent's loop
             os.close(write)
-            said = os.fdopen(read).read()
+            with os.fdopen(read) as pipe:
+                said = pipe.read()
             if os.waitpid(child, 0)[1] or not said:
                 raise SystemExit(f"{name} on {kind} failed")
             rows.append({"model": kind, "loss": loss, "way": name, "peak_bytes": int(said)})
@@ -437,15 +443,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.memory_of:
         print(json.dumps(memory_here(options.memory_of, options.layers)))
         return
-    import transformers
-
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     given = f"--repeats {options.repeats} --rounds {options.rounds} --layers {options.layers}"
     given += f" --timed-layers {options.timed_layers}"
     head = {
         "command": f"python benchmarks/methods.py {given}",
-        "where": f"1 CPU thread, torch {torch.__version__}, transformers {transformers.__version__}, "
+        "where": f"1 CPU thread, torch {torch.__version__}, transformers {version('transformers')}, "
         f"{platform.system()} {platform.machine()}",
         "settings": {"texts and tokens of a step": BATCHES, "text before a token": TEXT, "dtype": "float32"},
     }
