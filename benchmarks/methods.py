@@ -119,6 +119,7 @@ def architecture(kind: str, layers: int) -> counting.Architecture:
 
 def put_on(model: nn.Module, method: str, size: int | None) -> nn.Module:
     if method in TARGETS and not isinstance(model, TinyLM):
+        torch.manual_seed(0)  # as `apply` does: merged and not merged are then the same adapter
         return add_lora(model, size, size, TARGETS[method])
     return apply(model, method, size)
 
