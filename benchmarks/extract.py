@@ -21,6 +21,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -188,6 +189,23 @@ def private(process: psutil.Process) -> int:
         return process.memory_full_info().uss
     except (OSError, StopIteration, psutil.Error):
         return 0  # it has just ended
+
+
+class Peak(threading.Thread):
+    """Looks at the private memory of this process a hundred times a second, and remembers the most."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.process, self.most, self.going = psutil.Process(), 0, True
+
+    def look(self) -> int:
+        self.most = max(self.most, private(self.process))
+        return self.most
+
+    def run(self):
+        while self.going:
+            self.look()
+            time.sleep(0.01)
 
 
 def watched(command: list[str], threads: int) -> dict:
