@@ -193,7 +193,9 @@ def tuned_method(
     return None if best_row in (None, *grid[:1], *grid[-1:]) else best_row
 
 
-def method_grid(rows: Iterable[Mapping], task: str, method: str, size: int | None, steps: int) -> list[Mapping]:
+def method_grid(
+    rows: Iterable[Mapping], task: str, method: str, size: int | None, steps: int
+) -> list[Mapping]:
     """The rows of one method and size with seed 0, by rate; those that blew up too."""
     about = {"task": task, "method": method, "size": size, "steps": steps, "seed": 0}
     return sorted((row for row in rows if about.items() <= row.items()), key=lambda row: row["rate"])

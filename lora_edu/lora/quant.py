@@ -32,7 +32,11 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-LEVELS = {"nf4": NF4, "q4_0": tuple(range(-8, 8)), "q4_1": tuple(range(16))}  # a code's value before its scale
+LEVELS = {
+    "nf4": NF4,
+    "q4_0": tuple(range(-8, 8)),
+    "q4_1": tuple(range(16)),
+}  # a code's value before its scale
 BLOCKS = tuple(2**power for power in range(5, 13))  # bitsandbytes' sizes for NF4
 GGUF_BLOCK = 32
 SECOND_BLOCK = 256  # scales that share one scale of their own (QLoRA, section 3)
@@ -158,11 +162,16 @@ def quantise_gguf(weight: Tensor, format: str = "q4_1") -> Quantised:
     return Quantised(format, tuple(weight.shape), GGUF_BLOCK, packed, _half(d.flatten(), "scale"), minima)
 
 
+def quantise(weight: Tensor, format: str = "nf4", block: int = 64, double: bool = True) -> Quantised:
+    """W in NF4 (`quantise_nf4`) or in GGUF's "q4_0" or "q4_1" (`quantise_gguf`, which has blocks of its own)."""
+    if format not in LEVELS:
+        raise ValueError(f"format must be one of {', '.join(LEVELS)}; got {format!r}")
+    return quantise_nf4(weight, block, double) if format == "nf4" else quantise_gguf(weight, format)
+
+
 def quantise_like(weight: Tensor, other: Quantised) -> Quantised:
     """W in the format and the blocks of `other`."""
-    if other.format == "nf4":
-        return quantise_nf4(weight, other.block, other.second_scales is not None)
-    return quantise_gguf(weight, other.format)
+    return quantise(weight, other.format, other.block, other.second_scales is not None)
 
 
 def from_gguf(blocks: Tensor, shape: tuple[int, int], format: str) -> Quantised:
@@ -333,10 +342,8 @@ class QuantisedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if format not in LEVELS:
-            raise ValueError(f"format must be one of {', '.join(LEVELS)}; got {format!r}")
         room = torch.empty(out_features, in_features, device="meta")
-        empty = quantise_nf4(room, block, double) if format == "nf4" else quantise_gguf(room, format)
+        empty = quantise(room, format, block, double)
         tensors = {name: torch.empty_like(each, device=device) for name, each in empty.tensors.items()}
         self._take(empty._replace(**tensors))
         like = torch.empty(0, device=device, dtype=dtype)
@@ -347,16 +354,17 @@ class QuantisedLinear(nn.Module):
     def from_quantised(
         cls, weight: Quantised, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> "QuantisedLinear":
-        """A layer on these very tensors. bias: (rows,) or a Parameter, shared and frozen."""
+        """A layer on these very tensors. bias: (rows,), or a Parameter, which is shared."""
         rows, columns = weight.shape
         if bias is not None and bias.shape != (rows,):
-            raise ValueError(f"the bias of a {rows} × {columns} weight has {rows} numbers; got {tuple(bias.shape)}")
+            raise ValueError(
+                f"the bias of a {rows} × {columns} weight has {rows} numbers; got {tuple(bias.shape)}"
+            )
         layer = cls(columns, rows, bias is not None, device="meta", dtype=dtype)
         layer._take(weight)
         layer._like = torch.empty(0, device=weight.codes.device, dtype=dtype)
         if bias is not None:
-            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-            layer.bias.requires_grad_(False)
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         return layer
 
     @classmethod
@@ -364,16 +372,8 @@ class QuantisedLinear(nn.Module):
         cls, layer: nn.Linear, format: str = "nf4", block: int = 64, double: bool = True
     ) -> "QuantisedLinear":
         """An nn.Linear quantised; its bias is shared. Raises what `quantise_nf4` and `quantise_gguf` raise."""
-        return cls.from_weight(layer.weight, layer.bias, format, block, double).train(layer.training)
-
-    @classmethod
-    def from_weight(
-        cls, weight: Tensor, bias: Tensor | None, format: str = "nf4", block: int = 64, double: bool = True
-    ) -> "QuantisedLinear":
-        """W (out, in) quantised, with this bias."""
-        weight = weight.detach()
-        quantised = quantise_nf4(weight, block, double) if format == "nf4" else quantise_gguf(weight, format)
-        return cls.from_quantised(quantised, bias, weight.dtype)
+        quantised = quantise(layer.weight, format, block, double)
+        return cls.from_quantised(quantised, layer.bias, layer.weight.dtype).train(layer.training)
 
     @property
     def quantised(self) -> Quantised:
@@ -393,8 +393,12 @@ class QuantisedLinear(nn.Module):
         kind = f"{quantised.format}, {quantised.bits:.3f} bits a number, {format_bytes(quantised.nbytes)}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
 
+    def take(self, other: "QuantisedLinear") -> None:
+        """Make the other's W, bias and dtype this layer's: the tensors are shared."""
+        self._take(other.quantised)
+        self._like, self.bias = other._like, other.bias
+
     def _take(self, weight: Quantised) -> None:
-        """Make these tensors the layer's."""
         for name in getattr(self, "_stored", ()):
             delattr(self, name)
         for name, tensor in weight.tensors.items():
@@ -411,6 +415,16 @@ class QuantisedLinear(nn.Module):
             if after.dtype != each.dtype:
                 self._buffers[name] = each.to(after.device)
         return self
+
+
+def weight_like(layer: nn.Module) -> Tensor:
+    """A tensor of the device and dtype that the layer's weight has, or stands for: the weight, but for a quantised one."""
+    return layer._like if isinstance(layer, QuantisedLinear) else layer.weight
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of the layer's weight, quantised or not."""
+    return layer.quantised.shape if isinstance(layer, QuantisedLinear) else tuple(layer.weight.shape)
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------

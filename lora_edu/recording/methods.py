@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lora_edu.data import corpus
 from lora_edu.data.runs import tuned_rate
-from lora_edu.loss import next_token_loss
 from lora_edu.lora import add_lora, lora_layers
+from lora_edu.loss import next_token_loss
 from lora_edu.paths import write_atomically
 from lora_edu.recording import regimes
 from lora_edu.recording.run import TARGETS, _one_thread
@@ -94,7 +94,9 @@ def wanted_far(rows: Iterable[Mapping]) -> list[dict]:
     for method, sizes in SIZES.items():
         ends = dict.fromkeys((sizes[0], sizes[-1]))
         for size in ends:
-            runs += _grid(rows, MIDDLE[method], range(-2, 3), task="far", method=method, size=size, steps=STEPS)
+            runs += _grid(
+                rows, MIDDLE[method], range(-2, 3), task="far", method=method, size=size, steps=STEPS
+            )
     for method, sizes in SIZES.items():
         for size in sizes:
             rate = tuned_rate(rows, "far", method, size, STEPS)
@@ -152,7 +154,7 @@ def _validation(row: Mapping) -> float:
 
 @cache
 def texts(task: str) -> dict[str, Tensor]:
-    """"train": a stream; "validation", "test", "code": windows of CONTEXT + 1 tokens, (30 or 60, CONTEXT + 1).
+    """ "train": a stream; "validation", "test", "code": windows of CONTEXT + 1 tokens, (30 or 60, CONTEXT + 1).
 
     Rates are chosen on validation, losses reported on test. Of the near task, whose text is a quarter of the two
     splits, every second window is for validation.
@@ -164,7 +166,12 @@ def texts(task: str) -> dict[str, Tensor]:
         return {"train": text.train, "code": code} | held_out
     train, rest = regimes.near_pieces()
     windows = _windows(rest, 90)
-    return {"train": train, "validation": windows[1::3], "test": windows[torch.arange(90) % 3 != 1], "code": code}
+    return {
+        "train": train,
+        "validation": windows[1::3],
+        "test": windows[torch.arange(90) % 3 != 1],
+        "code": code,
+    }
 
 
 def _windows(tokens: Tensor, number: int) -> Tensor:
