@@ -325,9 +325,9 @@ class QuantisedLinear(nn.Module):
     """h = W x + b with W frozen in four bits; in place of nn.Linear, for inference and under LoRA.
 
     x: (..., in) → (..., out). The buffers are those of `Quantised`, so `state_dict` holds them (safetensors stores
-    them) and loading needs a layer of the same shape and format: `QuantisedLinear(in, out, …)` has room and no numbers
-    yet. `.to(dtype)`, `.half()` change `dtype`, the bias and what LoRA's factors start as, never W. There is no
-    attribute `weight`: `dequantise(layer.quantised)` is the whole of W as numbers.
+    them) and loading needs a layer of the same shape and format: `QuantisedLinear(in, out, …)` is one, of zeros.
+    `.to(dtype)` and `.half()` change `dtype`, the bias, and the dtype that LoRA's factors will have, never W. There is
+    no attribute `weight`: `dequantise(layer.quantised)` is the whole of W as numbers.
     """
 
     def __init__(
@@ -344,8 +344,8 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         room = torch.empty(out_features, in_features, device="meta")
         empty = quantise(room, format, block, double)
-        tensors = {name: torch.empty_like(each, device=device) for name, each in empty.tensors.items()}
-        self._take(empty._replace(**tensors))
+        made = lambda each: torch.zeros(each.shape, dtype=each.dtype, device=device)
+        self._take(empty._replace(**{name: made(each) for name, each in empty.tensors.items()}))
         like = torch.empty(0, device=device, dtype=dtype)
         self.register_buffer("_like", like, persistent=False)
         self.bias = nn.Parameter(like.new_zeros(out_features), requires_grad=False) if bias else None
@@ -418,7 +418,7 @@ class QuantisedLinear(nn.Module):
 
 
 def weight_like(layer: nn.Module) -> Tensor:
-    """A tensor of the device and dtype that the layer's weight has, or stands for: the weight, but for a quantised one."""
+    """A tensor of the weight's device and dtype: the weight, or an empty one where that is quantised."""
     return layer._like if isinstance(layer, QuantisedLinear) else layer.weight
 
 
