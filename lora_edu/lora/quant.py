@@ -419,7 +419,8 @@ class QuantisedLinear(nn.Module):
 
 def weight_like(layer: nn.Module) -> Tensor:
     """A tensor of the weight's device and dtype: the weight, or an empty one where that is quantised."""
-    return layer._like if isinstance(layer, QuantisedLinear) else layer.weight
+    quantised = isinstance(layer, QuantisedLinear)
+    return torch.empty(0, dtype=layer.dtype, device=layer.codes.device) if quantised else layer.weight
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
