@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Package(NamedTuple):
     about: str
     checkpoints: dict[str, tuple[str, str]]
     texts: dict[str, str]
-    files: dict[str, tuple[str, str]] = {}
+    files: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # names as on the model hub
