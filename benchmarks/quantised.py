@@ -3,7 +3,7 @@
     python benchmarks/quantised.py [--repeats 5]
 
 The ways: float32 (nn.Linear, frozen); NF4 with double quantisation and GGUF's Q4_1, decoded a few rows at a time
-(QuantisedLinear); NF4 decoded whole in each pass, forwards and again backwards, as is often shown; and bitsandbytes'
+(QuantisedLinear); NF4 decoded whole in the forward pass and kept for the backward one, as F.linear on a decoded W does it; and bitsandbytes'
 Linear4bit where it is installed. Time is processor time of one forward and one backward pass that gives x its
 gradient, as under LoRA; the ways take turns, the ratio to float32 is the median of paired rounds. Error is
 ‖W − Wq‖ / ‖W‖, of a normal matrix and of TinyLM's. Peak memory is measured in a process of its own for each way, over
@@ -41,7 +41,7 @@ LARGE = (2048, 4096)
 
 
 class WholeDecoded(nn.Module):
-    """What a layer without chunks does: all of W in float for each pass, kept between the two by autograd."""
+    """What a layer without chunks does: all of W in float, kept by autograd from the forward pass to the backward one."""
 
     def __init__(self, layer: QuantisedLinear):
         super().__init__()
@@ -172,10 +172,8 @@ def memory() -> list[dict]:
         said = subprocess.run(line, check=True, capture_output=True, text=True, encoding="utf-8").stdout
         found.append(json.loads(said.splitlines()[-1]))
         row = found[-1]
-        print(
-            f"{way:20} {row['stored_bytes'] / 1e6:6.1f} MB stored, {row['peak_extra_bytes'] / 1e6:6.1f} MB more at the peak",
-            flush=True,
-        )
+        stored, peak = row["stored_bytes"] / 1e6, row["peak_extra_bytes"] / 1e6
+        print(f"{way:20} {stored:6.1f} MB stored, {peak:6.1f} MB more at the peak", flush=True)
     return found
 
 
