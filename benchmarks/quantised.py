@@ -3,11 +3,12 @@
     python benchmarks/quantised.py [--repeats 5]
 
 The ways: float32 (nn.Linear, frozen); NF4 with double quantisation and GGUF's Q4_1, decoded a few rows at a time
-(QuantisedLinear); NF4 decoded whole in the forward pass and kept for the backward one, as F.linear on a decoded W does it; and bitsandbytes'
-Linear4bit where it is installed. Time is processor time of one forward and one backward pass that gives x its
-gradient, as under LoRA; the ways take turns, the ratio to float32 is the median of paired rounds. Error is
-‖W − Wq‖ / ‖W‖, of a normal matrix and of TinyLM's. Peak memory is measured in a process of its own for each way, over
-what it holds before the first pass: a layer of 2048 × 4096, whose float weight has 34 MB, and 16 rows.
+(QuantisedLinear); NF4 decoded whole in the forward pass and kept for the backward one, which is what F.linear on a
+decoded W does; and bitsandbytes' Linear4bit where it is installed. Time is processor time of one forward and one
+backward pass that gives x its gradient, as under LoRA; the ways take turns, the ratio to float32 is the median of
+paired rounds. Error is ‖W − Wq‖ / ‖W‖, of a normal matrix and of TinyLM's, whose rows GGUF's blocks of 32 don't fit.
+Peak memory is measured in a process of its own for each way, over what it holds before the first pass: a layer of
+2048 × 4096, whose float weight has 34 MB, and 16 rows.
 """
 
 import argparse
@@ -41,7 +42,7 @@ LARGE = (2048, 4096)
 
 
 class WholeDecoded(nn.Module):
-    """What a layer without chunks does: all of W in float, kept by autograd from the forward pass to the backward one."""
+    """A layer that decodes W as a whole: autograd keeps it from the forward pass to the backward one."""
 
     def __init__(self, layer: QuantisedLinear):
         super().__init__()
@@ -121,10 +122,10 @@ def errors() -> list[dict]:
             "Q4_1": ("q4_1",),
             "Q4_0": ("q4_0",),
         }.items():
-            quantised = [
-                quantise(each, *options) for each in some if options[0] == "nf4" or each.shape[1] % 32 == 0
-            ]
             fitting = [each for each in some if options[0] == "nf4" or each.shape[1] % 32 == 0]
+            if not fitting:
+                continue
+            quantised = [quantise(each, *options) for each in fitting]
             off = [relative_error(each, four) for each, four in zip(fitting, quantised, strict=True)]
             size = sum(each.nbytes for each in quantised)
             row = {

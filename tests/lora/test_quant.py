@@ -100,12 +100,12 @@ def test_zero_and_constant_blocks():
             assert torch.allclose(decoded, W, atol=0.02), format
 
 
-def test_normal_numbers_lose_what_nf4_is_known_to_lose():
-    """On N(0, 1), blocks of 64: 9.2 to 9.3 % of the norm, less than the evenly spaced levels of GGUF's blocks of 32."""
+def test_what_each_format_loses_of_normal_numbers():
+    """NF4 9 % of the norm in blocks of 64. Its levels are equally likely, not of the least error: Q4_0's lose less."""
     W = torch.randn(512, 512, generator=torch.Generator().manual_seed(1))
     errors = {format: relative_error(W, quantise(W, format)) for format in FORMATS}
     assert 0.088 < errors["nf4"] < 0.097
-    assert errors["nf4"] < 0.105 and errors["q4_0"] > errors["q4_1"]
+    assert errors["q4_1"] < errors["q4_0"] < relative_error(W, quantise_nf4(W, 32)) < errors["nf4"]
     assert relative_error(W, quantise_nf4(W)) == pytest.approx(
         float((W - dequantise(quantise_nf4(W))).norm() / W.norm()), rel=1e-5
     )
