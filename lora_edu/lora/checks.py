@@ -101,7 +101,8 @@ def _refuse_weight(layer: nn.Module, kind: str) -> None:
         )
     if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
         raise TypeError(
-            f"{kind} is already quantised ({weight.dtype}, {type(weight.data).__name__}); load it unquantised"
+            f"{kind} is already quantised ({weight.dtype}, {type(weight.data).__name__}); load it unquantised, and "
+            "quantise_model can put it in four bits that LoRA goes onto"
         )
 
 
