@@ -254,7 +254,8 @@ def first_scales(weight: Quantised) -> Tensor:
 
 
 def pieces(weight: Quantised) -> list[tuple[int, int]]:
-    """(first row, row after the last) of pieces to decode one by one, each of whole blocks, none of another's."""
+    """(first row, row after the last) of pieces to decode one by one: NUMBERS_AT_ONCE at most, or else the fewest rows
+    with which a block ends, as no block lies in two pieces."""
     rows, columns = weight.shape
     together = weight.block // math.gcd(weight.block, columns)  # rows after which a block ends with the row
     step = max(NUMBERS_AT_ONCE // (columns * together), 1) * together
