@@ -23,7 +23,8 @@ FLOORS = {
     4: ["explore", "exercises", "recording"],
     5: ["cli", "commands", "lab", "doctor", "notebooks", "delta", "adapters", "site", "guard"],
 }
-OPENS_MODELS = {"adapters.text_loss"}  # a reader's own model, with transformers, when asked to
+# a reader's own model, and the course's two real ones, with transformers, when asked to
+OPENS_MODELS = {"adapters.text_loss", "data.hub"}
 CPU_BUILD = "https://download.pytorch.org/whl/cpu"
 PACKAGE = REPOSITORY / "lora_edu"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -128,12 +129,35 @@ def test_an_import_against_the_arrows_is_found(file, line, found):
         ("plots.py", "import ipywidgets as widgets", {"ipywidgets"}),
         ("explore/deltas.py", "import ipywidgets as widgets", set()),
         ("adapters/text_loss.py", "import transformers, peft", {"peft"}),
+        ("data/hub.py", "import transformers, peft", {"peft"}),
+        ("data/published.py", "import transformers", {"transformers"}),
         ("cli.py", "def later():\n    import torch", {"torch"}),
         ("training.py", "import torch, numpy", set()),
     ],
 )
 def test_a_library_where_it_may_not_be_is_found(file, line, found):
     assert forbidden_libraries(PACKAGE / file, line) == found
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """The libraries that importing a module imports: those outside of its functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.body = []
+    return {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+        )
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_what_opens_real_models_is_imported_only_when_one_is_opened(path):
+    assert not imported_at_once(path) & {"transformers", "huggingface_hub", "gguf", "bitsandbytes"}
 
 
 def test_a_module_without_a_floor_is_found():

@@ -1,7 +1,7 @@
 """The held-out loss of a model with its adapter cut to several ranks, on a reader's own text: energy is not behaviour.
 
-The only module of the package that opens a model with transformers, and only when asked to. Nothing is fetched, no
-code from a folder is run, and no pickle is opened.
+One of the two modules of the package that open a model with transformers, and only when asked to. Nothing is fetched,
+no code from a folder is run, and no pickle is opened.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import codecs
 import contextlib
 import importlib.util
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_edu.data.hub import quiet
 from lora_edu.delta.files import CheckpointError
 from lora_edu.lora import load_adapter, lora_layers, remove_lora
 from lora_edu.lora.adapter_files import Factors, read_adapter
@@ -102,7 +102,7 @@ def open_text(model: str | Path, text: str | Path, tokens: int = 16384) -> HeldO
             f"{printable(model)} is no model's folder of transformers: it has no config.json"
         )
     written = _read(text, tokens)
-    with _quiet():
+    with quiet():
         ids = _tokens(model, written)
         opened = _opened(model)
     ids = torch.tensor(ids[:tokens], dtype=torch.long)
@@ -130,27 +130,6 @@ def _read(text: Path, tokens: int) -> str:
         raise CheckpointError(f"{printable(text)} must be plain text in UTF-8: {why}") from None
     except OSError as error:
         raise CheckpointError(f"{printable(text)} can't be read: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars, no advice, no network, while transformers works."""
-    offline = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    os.environ.update(dict.fromkeys(offline, "1"))
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
-        for name, value in offline.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
@@ -217,7 +196,7 @@ def held_out_loss(held: HeldOut) -> float:
 
 def loss_of(held: HeldOut, model: str | Path) -> float:
     """The loss of another model of the same tokens, such as a fine-tune, on the same windows."""
-    with _quiet():
+    with quiet():
         return held_out_loss(held._replace(model=_opened(expanded(model))))
 
 

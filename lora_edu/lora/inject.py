@@ -15,9 +15,11 @@ from torch import nn
 from lora_edu.text import nearest
 
 from .checks import is_conv1d, refuse_layer, refuse_tuned
-from .layers import LoRAEmbedding, LoRALinear, MergeReport
+from .layers import LoRAEmbedding, LoRALinear, LoRAQuantisedLinear, MergeReport
+from .quant import QuantisedLinear
 
 Target = str | re.Pattern | type
+LoRALayer = LoRALinear | LoRAEmbedding | LoRAQuantisedLinear
 ALL_LINEAR = "all-linear"  # PEFT's word
 
 
@@ -42,6 +44,7 @@ def add_lora(
     which means as in PEFT every linear layer but the head that makes the logits. Each must match something.
     `rank` and `alpha` are one number, or a number for each target; a layer that several targets match belongs
     to the first. `dropout` acts in linear layers; `sparse` and `check_tokens` in embeddings (LoRAEmbedding).
+    A QuantisedLinear (`quantise_model`) is adapted as it is, in four bits: QLoRA.
 
     An embedding whose table is also the head's (tied) is refused: with LoRA on one of the two, input and
     output would use different tables, and no single table could hold the merged one. `tied="separate"`
@@ -64,13 +67,14 @@ def add_lora(
             )
     of = lambda numbers, target: numbers[target] if isinstance(numbers, Mapping) else numbers
 
-    def build(name: str, layer: nn.Module) -> LoRALinear | LoRAEmbedding:
+    def build(name: str, layer: nn.Module) -> LoRALayer:
         target = found[name]
         options = {"rank_stabilised": rank_stabilised, "lora_dtype": lora_dtype}
         if isinstance(layer, nn.Embedding):
             options |= {"sparse": sparse, "check_tokens": check_tokens}
             return LoRAEmbedding.from_layer(layer, of(rank, target), of(alpha, target), **options)
-        return LoRALinear.from_layer(layer, of(rank, target), of(alpha, target), dropout, **options)
+        kind = LoRAQuantisedLinear if isinstance(layer, QuantisedLinear) else LoRALinear
+        return kind.from_layer(layer, of(rank, target), of(alpha, target), dropout, **options)
 
     return replace_layers(model, found, build, tied)
 
@@ -117,14 +121,20 @@ def replace_layers(model: nn.Module, names: Iterable[str], build, tied: str) -> 
     return model
 
 
-def merge_lora(model: nn.Module) -> dict[str, MergeReport]:
-    """Merge every LoRA layer, or none if one refuses; what rounding swallowed and what it costs, by layer."""
+def merge_lora(model: nn.Module, requantise: bool = False) -> dict[str, MergeReport]:
+    """Merge every LoRA layer, or none if one refuses; what rounding swallowed and what it costs, by layer.
+
+    requantise: merge quantised layers, too, each into new codes of four bits (LoRAQuantisedLinear.merge); without it
+    they refuse. Raises ValueError with the layer's name and the reason.
+    """
     layers, newly, reports = _some_lora(model), [], {}
     try:
         for name, layer in layers.items():
             if not layer.merged:
                 newly.append(layer)
-            reports[name] = layer.merge()
+            reports[name] = (
+                layer.merge(requantise) if isinstance(layer, LoRAQuantisedLinear) else layer.merge()
+            )
     except ValueError as error:
         for layer in newly:
             layer.unmerge()
@@ -138,25 +148,28 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def remove_lora(model: nn.Module, merge: bool = False) -> nn.Module:
+def remove_lora(model: nn.Module, merge: bool = False, requantise: bool = False) -> nn.Module:
     """Put the very original modules back, trainable as they were, and forget the adapter; returns the model.
 
     What the adapter had trained beside LoRA (modules_to_save, biases, token rows) goes back, too.
     `merge=True` leaves W + ΔW in them, and what stood beside LoRA. If one of them was tied to another layer, it is
-    not afterwards.
+    not afterwards. `requantise`: as in `merge_lora`.
     """
     model = unwrap(model)
     layers = _some_lora(model)
     if merge:
-        merge_lora(model)
+        merge_lora(model, requantise)
     originals = {}
     for layer in layers.values():
         if not merge:
             layer.unmerge()
         original = layer._original[0] if layer._original else _plain(layer)
-        shared = layer._original and layer.weight is not original.weight and not merge
-        if not shared:
-            original.weight = layer.weight
+        if isinstance(layer, LoRAQuantisedLinear):
+            original.take(layer)
+        else:
+            shared = layer._original and layer.weight is not original.weight and not merge
+            if not shared:
+                original.weight = layer.weight
         if isinstance(layer, LoRAEmbedding):  # which may have been resized since
             original.num_embeddings, original.padding_idx = original.weight.shape[0], layer.padding_idx
         if getattr(layer, "bias", None) is not None:
@@ -186,10 +199,10 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [each for each in model.parameters() if each.requires_grad]
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The LoRA layers of a model by name."""
     modules = unwrap(model).named_modules()
-    return {name: each for name, each in modules if isinstance(each, LoRALinear | LoRAEmbedding)}
+    return {name: each for name, each in modules if isinstance(each, LoRALayer)}
 
 
 def find_layers(model: nn.Module, targets: list[Target]) -> dict[str, Target]:
@@ -199,7 +212,8 @@ def find_layers(model: nn.Module, targets: list[Target]) -> dict[str, Target]:
     modules = {name: each for name, each in unwrap(model).named_modules() if name}
     if not modules:
         raise ValueError(
-            f"the model is itself a {type(model).__name__}; use LoRALinear or LoRAEmbedding.from_layer"
+            f"the model is itself a {type(model).__name__}; use LoRALinear, LoRAEmbedding or "
+            "LoRAQuantisedLinear.from_layer"
         )
     for target in targets:
         if not isinstance(target, Target):
@@ -261,6 +275,8 @@ def _without_tied(model: nn.Module, found: dict[str, Target], targets: list[Targ
 def tied_to(model: nn.Module, name: str) -> list[str]:
     """Other places that hold the same weight as the layer `name`, as 'module.parameter'."""
     layer = model.get_submodule(name)
+    if isinstance(layer, QuantisedLinear):
+        return []
 
     def same(parameter: nn.Parameter) -> bool:
         if parameter is layer.weight or layer.weight.is_meta or parameter.is_meta:
@@ -345,15 +361,15 @@ def _resize_token_embeddings(model, new_num_tokens: int | None = None, *options,
     )
 
 
-def _some_lora(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
+def _some_lora(model: nn.Module) -> dict[str, LoRALayer]:
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layer; add_lora it first")
     return layers
 
 
-def _plain(layer: LoRALinear | LoRAEmbedding) -> nn.Module:
-    """The torch layer for a LoRA layer that was not made from one."""
+def _plain(layer: LoRALayer) -> nn.Module:
+    """The layer without LoRA for one that was not made from it."""
     if isinstance(layer, LoRAEmbedding):
         options = (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse)
         return nn.Embedding(layer.num_embeddings, layer.embedding_dim, *options, device="meta")
@@ -373,7 +389,7 @@ def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _suitable(model: nn.Module) -> Iterator[str]:
     for name, module in unwrap(model).named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module):
+        if isinstance(module, nn.Linear | nn.Embedding | QuantisedLinear) or is_conv1d(module):
             yield name
 
 

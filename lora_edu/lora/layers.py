@@ -1,4 +1,4 @@
-"""LoRALinear and LoRAEmbedding: torch's own layers with a low-rank update, merged only when asked.
+"""LoRALinear, LoRAEmbedding, LoRAQuantisedLinear: a frozen layer with a low-rank update, merged only when asked.
 
 Not for whole models (inject.py), the mathematics (functional.py) or what is refused (checks.py).
 """
@@ -32,6 +32,7 @@ from .functional import (
     low_rank_part,
     merged_weight,
 )
+from .quant import Quantised, QuantisedLinear, dequantise, quantise_like, quantised_linear, weight_like
 
 
 class MergeReport(NamedTuple):
@@ -42,10 +43,10 @@ class MergeReport(NamedTuple):
 
 
 class LowRank:
-    """What the two layers do alike: ΔW from their factors, merged into W and taken out, saved and described.
+    """What the layers do alike: ΔW from their factors, merged into W and taken out, saved and described.
 
     A class to be mixed in, since torch calls `extra_repr` and the two methods of state_dict by name: as functions they
-    would need a method each in both layers again.
+    would need a method each in every layer again.
     """
 
     @property
@@ -106,11 +107,10 @@ class LowRank:
         embedding = isinstance(self, nn.Embedding)
         A = (self.num_embeddings, rank) if embedding else (rank, self.in_features)
         B = (self.embedding_dim if embedding else self.out_features, rank)
-        for parameter in (self.weight, getattr(self, "bias", None)):
-            if parameter is not None:
-                parameter.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(A, dtype=dtype, device=self.weight.device))
-        self.lora_B = nn.Parameter(torch.empty(B, dtype=dtype, device=self.weight.device))
+        self.requires_grad_(False)
+        device = weight_like(self).device
+        self.lora_A = nn.Parameter(torch.empty(A, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(B, dtype=dtype, device=device))
         self.rank, self.alpha, self.rank_stabilised = rank, alpha, rank_stabilised
         self.register_buffer("unmerged_weight", None, persistent=False)
         self._original = ()
@@ -220,6 +220,116 @@ class LoRALinear(LowRank, nn.Linear):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return (self.lora_A.T, self.lora_B.T) if self.transposed else (self.lora_B, self.lora_A)
+
+
+class LoRAQuantisedLinear(LowRank, QuantisedLinear):
+    """h = W x + b + s · B A x with W frozen in four bits: QLoRA (Dettmers et al. 2023, eq. 5). A and B are as
+    LoRALinear's, in `lora_dtype`, and only they are trained.
+
+    W is decoded a few rows at a time, forwards and backwards (`quantised_linear`). Made by `from_layer`, which shares
+    the layer's tensors, and by `add_lora`. While merged, what `LowRank.merge` says of state_dict, training and
+    deepcopy holds here, too.
+    """
+
+    transposed = False
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: QuantisedLinear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rank_stabilised: bool = False,
+        lora_dtype: torch.dtype | None = None,
+        any_rank: bool = False,
+    ) -> "LoRAQuantisedLinear":
+        """The layer with LoRA: its tensors are shared, not copied. Options as LoRALinear's; `lora_dtype` is the
+        layer's dtype unless given.
+
+        Raises TypeError for another layer, ValueError for a bad rank, alpha or dropout.
+        """
+        refuse_layer(layer, (QuantisedLinear,))
+        rank = check_rank(rank, (layer.out_features, layer.in_features), bounded=not any_rank)
+        check_alpha(alpha)
+        check_dropout(dropout)
+        lora = cls.from_quantised(layer.quantised, layer.bias, layer.dtype)
+        lora._add_factors(rank, alpha, rank_stabilised, lora_dtype or layer.dtype)
+        lora.dropout = dropout
+        lora._original = (layer,)
+        lora.training = layer.training
+        return lora
+
+    def reset_lora(self) -> None:
+        """Start again: A Kaiming-uniform, B zero, as LoRALinear."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            refuse_training(self)
+            return quantised_linear(x, self.quantised, self.bias)
+        low = low_rank_part(x, self.lora_A, self.scaling, self.dropout if self.training else 0.0)
+        return quantised_linear(x, self.quantised, self.bias).add_(F.linear(low, self.lora_B))
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """ΔW, scaling included, (out, in), in the dtype that the layer stands for."""
+        return delta(self.lora_B, self.lora_A, self.scaling, self.dtype)
+
+    @torch.no_grad()
+    def merge(self, requantise: bool = False) -> MergeReport:
+        """Refused, unless `requantise`: then W + ΔW is quantised anew, in W's format, until `unmerge`.
+
+        W + ΔW does not lie on W's levels, so that nearly all of the rounding to four bits happens again, and it is
+        mostly larger than ΔW. `swallowed`, ‖ΔW − (merged − W)‖_F / ‖ΔW‖_F, says how much of ΔW that cost; above 1, the
+        merged layer is farther from W + ΔW than W was. While this runs, W stands in float32.
+        Raises ValueError without `requantise`, and where an entry of W + ΔW isn't finite; nothing is changed then.
+        """
+        if not requantise and not self.merged:
+            raise ValueError(
+                f"W is quantised ({self.quantised.format}): W + ΔW has to be rounded to four bits again, and that may "
+                "cost more than ΔW is. merge(requantise=True) does it and reports the loss; without loss: keep the "
+                "adapter beside its base (save_adapter), or load it on the base in float and merge there"
+            )
+        if not self.merged:
+            old = self.quantised
+            W = dequantise(old)
+            delta_W = delta(self.lora_B, self.lora_A, self.scaling, torch.float32)
+            check_merged(W + delta_W, W)
+            new = quantise_like(W + delta_W, old)
+            norm = float(delta_W.norm())
+            off = float((dequantise(new) - W).sub_(delta_W).norm())
+            self._report = MergeReport(off / norm if norm else 0.0, new.nbytes)
+            self._take(new)
+            for name, tensor in old.tensors.items():
+                self._buffers[_UNMERGED[name]] = tensor
+        return self._report
+
+    def unmerge(self) -> None:
+        """Put W back, bit for bit. Does nothing if not merged."""
+        if self.merged:
+            self._take(self._unmerged())
+            for name in self._stored:
+                self._buffers[_UNMERGED[name]] = None
+
+    def _unmerged(self) -> Quantised:
+        return Quantised(*self._about, **{name: self._buffers[_UNMERGED[name]] for name in self._stored})
+
+    def _add_factors(self, *options) -> None:
+        super()._add_factors(*options)
+        for name in self._stored:
+            self.register_buffer(_UNMERGED[name], None, persistent=False)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super(LowRank, self)._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            for name, tensor in self._unmerged().tensors.items():
+                destination[prefix + name] = tensor
+
+
+# Where a merged layer keeps W; the codes' place is the one that tells of all layers whether they are merged.
+_UNMERGED = {name: f"unmerged_{name}" for name in Quantised._fields} | {"codes": "unmerged_weight"}
 
 
 class LoRAEmbedding(LowRank, nn.Embedding):

@@ -24,8 +24,9 @@ from lora_edu.text import printable
 
 from .adapter_files import CONFIG, PREFIX, WEIGHTS, Adapter, AdapterError, Factors, read_adapter
 from .checks import is_conv1d
-from .inject import lora_layers, replace_layers, set_parameter, unwrap
-from .layers import LoRAEmbedding, LoRALinear
+from .inject import LoRALayer, lora_layers, replace_layers, set_parameter, unwrap
+from .layers import LoRAEmbedding, LoRALinear, LoRAQuantisedLinear
+from .quant import QuantisedLinear, weight_like, weight_shape
 
 __all__ = ["AdapterError", "Factors", "load_adapter", "read_adapter", "save_adapter", "write_adapter"]
 
@@ -197,7 +198,7 @@ def _kinds(embedding: bool) -> tuple[str, str]:
 
 
 def _config(
-    layers: Mapping[str, LoRALinear | LoRAEmbedding | Factors],
+    layers: Mapping[str, LoRALayer | Factors],
     target_modules: list[str] | str,
     base_model_name: str | None,
     common: str | None = None,
@@ -218,9 +219,7 @@ def _config(
     }
 
 
-def ranks_and_alphas(
-    layers: Mapping[str, LoRALinear | LoRAEmbedding | Factors], common: str | None = None
-) -> dict:
+def ranks_and_alphas(layers: Mapping[str, LoRALayer | Factors], common: str | None = None) -> dict:
     """The configuration's r and lora_alpha, of the layer `common` or else the most frequent; the others as patterns."""
     number = lambda alpha: int(alpha) if alpha == int(alpha) else alpha
     most_frequent = lambda values: Counter(values).most_common(1)[0][0] if layers else 1
@@ -279,17 +278,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     parameters = all_tensors(model)
     values = _values_beside(parameters, adapter)
 
-    def build(name: str, layer: nn.Module) -> LoRALinear | LoRAEmbedding:
+    def build(name: str, layer: nn.Module) -> LoRALayer:
         factors = adapter.layers[name]
         options = {
             "rank_stabilised": factors.rank_stabilised,
-            "lora_dtype": factors_dtype(factors, layer.weight),
+            "lora_dtype": factors_dtype(factors, weight_like(layer)),
             "any_rank": True,
         }
         if factors.embedding:
             lora = LoRAEmbedding.from_layer(layer, factors.rank, factors.alpha, **options)
         else:
-            lora = LoRALinear.from_layer(layer, factors.rank, factors.alpha, factors.dropout, **options)
+            kind = LoRAQuantisedLinear if isinstance(layer, QuantisedLinear) else LoRALinear
+            lora = kind.from_layer(layer, factors.rank, factors.alpha, factors.dropout, **options)
         with torch.no_grad():
             lora.lora_A.copy_(factors.lora_A)
             lora.lora_B.copy_(factors.lora_B)
@@ -362,7 +362,7 @@ def _check_names(model: nn.Module, adapter: Adapter) -> None:
         name
         for name, layer in model.named_modules()
         if _ends_with(name, targets)
-        and (isinstance(layer, nn.Linear | nn.Embedding) or is_conv1d(layer))
+        and (isinstance(layer, nn.Linear | nn.Embedding | QuantisedLinear) or is_conv1d(layer))
         and name not in adapter.layers
     ]
     if missing:
@@ -377,13 +377,13 @@ def _check_shapes(model: nn.Module, layers: Mapping[str, Factors]) -> None:
     """Raise AdapterError unless each layer is of the adapter's kind and shape."""
     for name, factors in layers.items():
         layer = model.get_submodule(name)
-        weight = getattr(layer, "weight", None)
+        known = isinstance(layer, QuantisedLinear) or isinstance(getattr(layer, "weight", None), Tensor)
         if factors.kernel:
             raise AdapterError(f"{name} is a convolution: LoRA there is measured, but not put into a model")
-        if not isinstance(weight, Tensor) or isinstance(layer, nn.Embedding) != factors.embedding:
+        if not known or isinstance(layer, nn.Embedding) != factors.embedding:
             kind = "an embedding" if factors.embedding else "a linear layer"
             raise AdapterError(f"{name} is {kind} in the adapter and a {type(layer).__name__} in the model")
-        shape = tuple(reversed(weight.shape)) if is_conv1d(layer) else tuple(weight.shape)
+        shape = weight_shape(layer)[::-1] if is_conv1d(layer) else weight_shape(layer)
         if shape != factors.sides:
             mine, theirs = (" × ".join(map(str, each)) for each in (shape, factors.sides))
             raise AdapterError(

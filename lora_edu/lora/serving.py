@@ -18,6 +18,7 @@ from .checks import POOLED
 from .functional import Part, adapter_parts, add_by_row
 from .inject import lora_layers, refuse_at, unwrap
 from .peft_format import all_tensors, check_fits, factors_dtype, same_values
+from .quant import weight_like, weight_shape
 
 
 class Stack(NamedTuple):
@@ -113,7 +114,7 @@ class AdapterPool:
             layer = self.model.get_submodule(layer_name)
             if layer_name not in self._layers:
                 self._refuse_layer(layer_name, layer)
-            ready[layer_name] = _scaled(factors, layer.weight)
+            ready[layer_name] = _scaled(factors, weight_like(layer))
         if len({id(self.model.get_submodule(each)) for each in ready}) < len(ready):
             raise AdapterError(
                 "two layers of the adapter are one module of the model; it must have one pair of factors"
@@ -268,7 +269,7 @@ class _Pooled(nn.Module):
         super().__init__()
         self.name = name
         self.embedding = isinstance(layer, nn.Embedding)
-        self.shape = layer.weight.shape
+        self.shape = weight_shape(layer)
         self.stacks: dict[int, Stack] = {}
         self.now = _Now(None, {})
         self.train(layer.training)
@@ -301,8 +302,9 @@ class _Pooled(nn.Module):
                 self.stacks[rank] = Stack(names, stack.lora_A[left], stack.lora_B[left])
 
     def check_size(self) -> None:
-        if self._layer[0].weight.shape != self.shape:
-            mine, was = (" × ".join(map(str, each)) for each in (self._layer[0].weight.shape, self.shape))
+        now = weight_shape(self._layer[0])
+        if now != self.shape:
+            mine, was = (" × ".join(map(str, each)) for each in (now, self.shape))
             raise RuntimeError(
                 f"the weight of {self.name} is {mine} and was {was} when its adapters came (resize_token_embeddings?): "
                 "pool.remove(), then resize, then a new pool"
