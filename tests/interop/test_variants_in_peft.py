@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_edu.lora import trainable_parameters
+from lora_edu.lora import load_adapter, lora_layers, remove_lora, save_adapter, trainable_parameters
 from lora_edu.tuning import load_tuned, save_tuned
-from lora_edu.tuning.variants import dora, fold_dora
+from lora_edu.tuning.variants import as_lora, dora, fold_dora, pissa
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -115,3 +115,46 @@ def test_dora_starts_where_pefts_does():
         if isinstance(layer, nn.Linear | nn.Embedding) and hasattr(layer, "dora"):
             magnitude = theirs.base_model.model.get_submodule(name).lora_magnitude_vector["default"].weight
             assert distance(layer.dora.magnitude, magnitude.double()) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_pissa_starts_and_is_converted_as_in_peft(family, stabilised, tmp_path):
+    """PEFT takes no float64 for PiSSA: both start in float32, move alike and become LoRA of twice the rank."""
+    targets = ["q_proj", "down_proj"] if family == "llama" else ["c_attn", "c_fc"]
+    options = {"r": 3, "lora_alpha": 6, "use_rslora": stabilised, "target_modules": targets}
+    theirs = peft.get_peft_model(
+        base(family).float(), peft.LoraConfig(init_lora_weights="pissa", **options)
+    ).eval()
+    mine = pissa(base(family).float(), 3, 6, targets, rank_stabilised=stabilised)
+    for name, layer in lora_layers(mine).items():
+        other = theirs.base_model.model.get_submodule(name)
+        assert distance(layer.weight, other.base_layer.weight) < 1e-5
+        assert distance(layer.delta_weight(), other.get_delta_weight("default")) < 1e-5
+        sign = torch.sign((layer.lora_A * other.lora_A["default"].weight).sum(1))
+        assert distance(sign[:, None] * layer.lora_A, other.lora_A["default"].weight) < 1e-4
+        assert distance(sign * layer.lora_B, other.lora_B["default"].weight) < 1e-4
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    for model in (theirs, mine):
+        for layer in model.modules():
+            if hasattr(layer, "lora_A"):
+                A, B = (getattr(layer, each) for each in ("lora_A", "lora_B"))
+                A, B = (A, B) if isinstance(A, nn.Parameter) else (A["default"].weight, B["default"].weight)
+                A.data, B.data = 1.1 * A.data, 0.7 * B.data
+    expected = outputs(theirs, family).detach()
+    assert distance(outputs(mine, family), expected) < 1e-4
+    theirs.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    opened = load_adapter(base(family).float(), tmp_path / "converted")
+    assert distance(outputs(opened, family), expected) < 1e-5
+    save_adapter(as_lora(mine), tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(family).float(), tmp_path / "ours").eval()
+    assert distance(outputs(again, family), outputs(mine, family)) < 1e-5
+    for name, layer in lora_layers(opened).items():
+        other = lora_layers(mine)[name]
+        assert layer.rank == other.rank == 6 and abs(layer.alpha / other.alpha - 1) < 1e-12
+        assert distance(other.delta_weight(), layer.delta_weight()) < 1e-4
+    remove_lora(mine)
+    assert torch.equal(outputs(mine, family), outputs(base(family).float(), family))

@@ -4,17 +4,15 @@ import copy
 
 import pytest
 import torch
+from small_tinylm import LAYERS, TOKENS, moved, small
 from tiny_models import portrait
 from torch import nn
 
 from lora_edu.lora import AdapterError, add_lora, lora_layers, save_adapter, trainable_parameters
-from lora_edu.tinylm import TinyLM
 from lora_edu.training import fit
 from lora_edu.tuning import applied, ia3, load_tuned, save_tuned, stored_parameters, trained_parameters
 from lora_edu.tuning.variants import deltas, dora, fold_dora, remove_dora
 
-TOKENS = torch.arange(24).reshape(2, 12)
-LAYERS = ["query", "mlp.down", "head"]
 # method, options, how it comes off, how it folds, whether it takes the embedding, trained numbers of LAYERS at r = 3
 VARIANTS = {
     "dora": (
@@ -28,15 +26,6 @@ VARIANTS = {
 }
 
 
-def small(dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    model = TinyLM(**{"vocabulary": 40, "width": 20, "layers": 2, "heads": 5, "context": 16} | options)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
-    return model.to(dtype)
-
-
 def put(kind, model, targets=LAYERS):
     method, options, *_ = VARIANTS[kind]
     return method(model, targets=targets, **options)
@@ -44,14 +33,6 @@ def put(kind, model, targets=LAYERS):
 
 def targets_of(kind):
     return [*LAYERS, "embedding"] if VARIANTS[kind][4] else LAYERS
-
-
-def moved(model, seed=1):
-    """The model with random numbers in whatever is trained, near enough to where they start."""
-    generator = torch.Generator().manual_seed(seed)
-    for each in trainable_parameters(model):
-        each.data += 0.3 * torch.randn(each.shape, generator=generator).to(each)
-    return model
 
 
 @pytest.fixture(params=VARIANTS)

@@ -5,6 +5,8 @@ layer and come off, fold and are saved (`save_tuned`) like the other methods of 
 """
 
 from .dora import DoRA, dora, fold_dora, remove_dora
+from .pissa import pissa
+from .start import as_lora
 from .updates import deltas
 
-__all__ = ["DoRA", "deltas", "dora", "fold_dora", "remove_dora"]
+__all__ = ["DoRA", "as_lora", "deltas", "dora", "fold_dora", "pissa", "remove_dora"]

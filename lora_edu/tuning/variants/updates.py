@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_edu.lora import lora_layers
-from lora_edu.lora.checks import is_conv1d
+from lora_edu.lora.checks import STARTED, is_conv1d
 from lora_edu.lora.inject import Target, find_layers, refuse_at, tied_to, unwrap
 
 from ..applied import applied, mark, refuse_second, take_off
@@ -79,10 +79,11 @@ def deltas(model: nn.Module) -> dict[str, Tensor]:
     if method is None and lora_layers(model):
         found = {}
         for name, layer in lora_layers(model).items():
-            start = vars(layer).get("_start")
-            left, right = layer._factors()
-            made = left @ right if start is None else left @ right - start[0] @ start[1]
-            found[name] = (layer.scaling * made).to(layer.weight.dtype)
+            found[name] = layer.delta_weight()
+            if STARTED in layer._buffers:
+                A, B = layer.start_A, layer.start_B
+                made = layer.scaling * (A @ B.T if isinstance(layer, nn.Embedding) else B @ A)
+                found[name] -= made.T if getattr(layer, "transposed", False) else made
         return found
     inner = unwrap(model)
     found = {
