@@ -14,13 +14,19 @@ from lora_edu.lora import (
     merge_lora,
     remove_lora,
     save_adapter,
+    trainable_parameters,
     unmerge_lora,
 )
-from lora_edu.tuning.variants import as_lora, deltas, pissa
+from lora_edu.loss import next_token_loss
+from lora_edu.tuning.variants import as_lora, deltas, first_gradient, lora_ga, pissa
 
 ALL = [*LAYERS, "embedding"]
+BATCHES = [(TOKENS, TOKENS.flip(1)), (TOKENS.flip(0), TOKENS.roll(1, 1))]
 STARTS = {
     "pissa": lambda model, rank=3, targets=ALL, **options: pissa(model, rank, 2 * rank, targets, **options),
+    "lora_ga": lambda model, rank=3, targets=ALL, **options: lora_ga(
+        model, first_gradient(model, BATCHES, targets), rank, 2 * rank, **options
+    ),
 }
 
 
@@ -149,3 +155,72 @@ def test_pissa_refuses_what_has_no_root_or_no_svd():
     pissa(model, 2, 2, "query")
     with pytest.raises(ValueError, match="the model has LoRA already"):
         pissa(model, 2, 2, "key")
+
+
+# LoRA-GA
+
+
+def whole(gradient):
+    return sum(next_token_loss(gradient, *batch) for batch in BATCHES) / len(BATCHES)
+
+
+def test_first_gradient_is_that_of_full_tuning_and_leaves_the_model_alone():
+    model, full = small(), small()
+    model.blocks[0].requires_grad_(False)
+    before = portrait(model)
+    found = first_gradient(model, BATCHES, ALL)
+    assert portrait(model) == before and all(each.grad is None for each in model.parameters())
+    whole(full).backward()
+    assert len(found) == 6
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, full.get_submodule(name).weight.grad, atol=1e-13)
+    with pytest.raises(ValueError, match="batches must hold at least one pair"):
+        first_gradient(model, [], "query")
+    with pytest.raises(ValueError, match=r"blocks.0.attention.query has no gradient"):
+        first_gradient(model, BATCHES, "query", lambda model, x, y: model.head.weight.sum())
+    assert portrait(model) == before
+
+
+@pytest.mark.parametrize("rank, stabilised", [(1, True), (3, True), (3, False)])
+def test_the_first_step_of_lora_ga_is_the_best_of_rank_2r(rank, stabilised):
+    """Theorem 3.1: to first order in the rate SGD moves ΔW along −∇W cut to rank 2r, by c² s² with c = out^¼ / √γ."""
+    gradients = first_gradient(small(), BATCHES, ALL)
+    model = lora_ga(small(), gradients, rank, 4, gamma=9.0, rank_stabilised=stabilised)
+    rate = 1e-7
+    optimizer = torch.optim.SGD(trainable_parameters(model), rate)
+    whole(model).backward()
+    optimizer.step()
+    for name, layer in lora_layers(model).items():
+        U, S, Vh = torch.linalg.svd(gradients[name], full_matrices=False)
+        best = U[:, : 2 * rank] * S[: 2 * rank] @ Vh[: 2 * rank]
+        out = layer.lora_B.shape[0]
+        wanted = -rate * layer.scaling**2 * out**0.5 / 9.0 * best
+        assert (deltas(model)[name] - wanted).norm() < 1e-5 * wanted.norm(), name
+
+
+def test_lora_gas_stable_scale():
+    """§3.4: rows of A and columns of B are of length out^¼ / √γ, so that ‖A‖ = ‖B‖ = out^¼ √(r/γ)."""
+    model = STARTS["lora_ga"](small(), 4)
+    for layer in lora_layers(model).values():
+        size = layer.lora_B.shape[0] ** 0.25 * (4 / 16.0) ** 0.5
+        assert torch.allclose(layer.lora_A.norm(), torch.tensor(size).double(), rtol=1e-6)
+        assert torch.allclose(layer.lora_B.norm(), torch.tensor(size).double(), rtol=1e-6)
+
+
+def test_lora_ga_refuses_a_gradient_that_does_not_fit():
+    model, gradients = small(), first_gradient(small(), BATCHES, "query")
+    before = portrait(model)
+    name = "blocks.0.attention.query"
+    for changed, rank, message in (
+        (gradients[name][:, :9], 2, r"the gradient must be \(20, 20\) as the weight; got \(20, 9\)"),
+        (gradients[name], 11, "rank must be at most 10, half the rank of the gradient"),
+        (torch.zeros(20, 20), 2, "rank must be at most 0"),
+        (gradients[name] * float("inf"), 2, "must be finite"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: .*{message}|{name}: {message}"):
+            lora_ga(model, gradients | {name: changed}, rank, 2)
+    with pytest.raises(ValueError, match="gradients must hold at least one layer's"):
+        lora_ga(model, {}, 2, 2)
+    with pytest.raises(ValueError, match="gamma must be a finite number above 0; got 0"):
+        lora_ga(model, gradients, 2, 2, gamma=0)
+    assert portrait(model) == before
