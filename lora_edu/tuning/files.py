@@ -26,12 +26,14 @@ from .applied import applied, applied_options, refuse_second
 
 OUR_CONFIG, OUR_WEIGHTS = "tuning.json", "tuning.safetensors"
 METHODS = ("bitfit", "bottleneck", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning")
-VARIANTS = ("dora",)  # of LoRA, each with a forward of its own
+VARIANTS = ("adalora", "dora", "lora_xs", "vera")  # of LoRA, each with a forward of its own
 PEFT_TYPES = {
+    "ADALORA": "adalora",
     "IA3": "ia3",
     "P_TUNING": "p_tuning",
     "PREFIX_TUNING": "prefix_tuning",
     "PROMPT_TUNING": "prompt_tuning",
+    "VERA": "vera",
 }
 
 

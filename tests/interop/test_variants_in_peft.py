@@ -8,11 +8,28 @@ from torch import nn
 
 from lora_edu.lora import load_adapter, lora_layers, remove_lora, save_adapter, trainable_parameters
 from lora_edu.tuning import load_tuned, save_tuned
-from lora_edu.tuning.variants import as_lora, dora, fold_dora, pissa
+from lora_edu.tuning.variants import (
+    RankBudget,
+    as_lora,
+    dora,
+    first_gradient,
+    fold_adalora,
+    fold_dora,
+    fold_vera,
+    lora_ga,
+    lora_plus,
+    orthogonality,
+    pissa,
+    scaled_steps,
+    vera,
+)
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer  # noqa: E402
+from peft.tuners.lora.config import LoraGAConfig  # noqa: E402
+from peft.tuners.lora.loraga import preprocess_loraga  # noqa: E402
 from peft_matrix import FAMILIES  # noqa: E402 (needs both)
 from safetensors.torch import load_file  # noqa: E402
 
@@ -158,3 +175,160 @@ def test_pissa_starts_and_is_converted_as_in_peft(family, stabilised, tmp_path):
         assert distance(other.delta_weight(), layer.delta_weight()) < 1e-4
     remove_lora(mine)
     assert torch.equal(outputs(mine, family), outputs(base(family).float(), family))
+
+
+LINEAR = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+
+
+def test_lora_ga_has_pefts_gradient_and_its_two_subspaces():
+    """PEFT's stable scale leaves A alone and multiplies B by the singular values: other lengths, same directions."""
+    loss = lambda model, inputs, targets: model(input_ids=inputs).logits.square().mean()
+    ids = FAMILIES["llama"].inputs()["input_ids"]
+    batches = [(ids, None), (ids.flip(1), None)]
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=LINEAR["llama"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+    )
+    model = base("llama").float()
+    preprocess_loraga(model, config, lambda: [loss(model, *each).backward() for each in batches])
+    gradients = first_gradient(base("llama").float(), batches, LINEAR["llama"], loss)
+    for name, gradient in gradients.items():
+        assert distance(gradient, model.get_submodule(name)._peft_loraga_grad) < 1e-4
+    theirs = peft.get_peft_model(model, config)
+    mine = lora_ga(base("llama").float(), gradients, 4, 6)
+    for name, layer in lora_layers(mine).items():
+        other = theirs.base_model.model.get_submodule(name)
+        A, B = other.lora_A["default"].weight, other.lora_B["default"].weight
+        c = layer.lora_B.shape[0] ** 0.25 / 4
+        S = torch.linalg.svdvals(gradients[name])
+        sign = torch.sign((layer.lora_A * A).sum(1))
+        assert layer.scaling == other.scaling["default"]
+        assert distance(sign[:, None] * layer.lora_A, c * A) < 1e-2
+        assert distance(sign * layer.lora_B * S[4:8], B) < 1e-2
+
+
+@pytest.mark.parametrize("family", LINEAR)
+@pytest.mark.parametrize("stored", [True, False])
+def test_vera_is_pefts_both_ways(family, stored, tmp_path):
+    config = peft.VeraConfig(
+        r=5, target_modules=LINEAR[family], projection_prng_key=11, save_projection=stored
+    )
+    theirs = theirs_with(family, config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine = load_tuned(base(family), tmp_path / "theirs")
+    expected = outputs(theirs, family).detach()
+    assert distance(outputs(mine, family), expected) < 1e-12
+    assert distance(outputs(base(family), family), expected) > 1e-3
+    fresh = vera(base(family), 5, LINEAR[family], seed=11)
+    parts = {name: each.vera for name, each in mine.named_modules() if hasattr(each, "vera")}
+    for name, part in parts.items():
+        assert torch.equal(fresh.get_submodule(name).vera.shared.A, part.shared.A)
+        assert torch.equal(fresh.get_submodule(name).vera.shared.B, part.shared.B)
+    save_tuned(mine, tmp_path / "ours")
+    again = opened_in_peft(family, tmp_path / "ours")
+    assert distance(outputs(again, family), expected) < 1e-12
+    own, other = gradients_as_files(mine, again, family, tmp_path)
+    for key, gradient in own.items():
+        assert distance(gradient, other[key]) < 1e-10, key
+    assert sum(each.numel() for key, each in own.items() if "lambda" in key) == sum(
+        5 + len(part.b) for part in parts.values()
+    )
+    mine = load_tuned(base(family), tmp_path / "theirs")
+    assert distance(outputs(fold_vera(mine), family), outputs(theirs.merge_and_unload(), family)) < 1e-12
+
+
+def adalora_pair(family, tmp_path):
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=5, total_step=8, tinit=1, tfinal=2, target_modules=LINEAR[family]
+    )
+    theirs = theirs_with(family, config)
+    theirs.save_pretrained(tmp_path / "start")
+    return theirs, load_tuned(base(family), tmp_path / "start")
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_adalora_is_pefts_both_ways(family, tmp_path):
+    theirs, mine = adalora_pair(family, tmp_path)
+    expected = outputs(theirs, family).detach()
+    assert distance(outputs(mine, family), expected) < 1e-12
+    assert distance(outputs(base(family), family), expected) > 1e-3
+    inputs = FAMILIES[family].inputs()
+    labelled = lambda model: model(**inputs, labels=inputs["input_ids"]).loss
+    assert abs(labelled(theirs) - labelled(mine) - 0.5 * orthogonality(mine)) < 1e-12
+    save_tuned(mine, tmp_path / "ours")
+    again = opened_in_peft(family, tmp_path / "ours")
+    assert distance(outputs(again, family), expected) < 1e-12
+    own, other = gradients_as_files(mine, again, family, tmp_path)
+    assert own.keys() == other.keys()
+    for key, gradient in own.items():
+        assert distance(gradient, other[key]) < 1e-10, key
+    mine = load_tuned(base(family), tmp_path / "start")
+    assert distance(outputs(fold_adalora(mine), family), outputs(theirs.merge_and_unload(), family)) < 1e-12
+
+
+def test_adalora_takes_the_same_singular_values_away_as_peft(tmp_path):
+    theirs, mine = adalora_pair("llama", tmp_path)
+    budget = RankBudget(mine, 2, 8, start=1, end=2)
+    optimizers = [torch.optim.SGD(trainable_parameters(model), 0.01) for model in (mine, theirs)]
+    for step in range(8):
+        for model, optimizer in zip((mine, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            outputs(model, "llama").square().mean().backward()
+            optimizer.step()
+        budget.after_step(step)
+        theirs.base_model.update_and_allocate(step)
+        for name, layer in budget.layers.items():
+            other = theirs.base_model.model.get_submodule(name).lora_E["default"]
+            assert torch.equal(layer.singular == 0, other == 0), (step, name)
+            assert (layer.singular - other).abs().max() < 1e-12
+        if step > 1:
+            left = sum(int((layer.singular != 0).sum()) for layer in budget.layers.values())
+            assert left == budget.budget(step) or step > 6
+    assert sum(budget.ranks().values()) == 2 * len(budget.layers)
+    expected = outputs(theirs, "llama").detach()
+    theirs.save_pretrained(tmp_path / "allocated")
+    opened = load_tuned(base("llama"), tmp_path / "allocated")
+    assert distance(outputs(opened, "llama"), expected) < 1e-12
+    ranks = {
+        name: len(each.adalora.singular) for name, each in opened.named_modules() if hasattr(each, "adalora")
+    }
+    assert ranks == budget.ranks()
+    save_tuned(opened, tmp_path / "ours")
+    assert distance(outputs(opened_in_peft("llama", tmp_path / "ours"), "llama"), expected) < 1e-12
+
+
+def lora_pair(tmp_path):
+    theirs = theirs_with("llama", peft.LoraConfig(r=3, lora_alpha=5, target_modules=LINEAR["llama"]))
+    theirs.save_pretrained(tmp_path / "lora")
+    return theirs, load_adapter(base("llama"), tmp_path / "lora")
+
+
+def three_steps(model, optimizer):
+    for _ in range(3):
+        optimizer.zero_grad()
+        outputs(model, "llama").square().mean().backward()
+        optimizer.step()
+    return outputs(model, "llama").detach()
+
+
+def test_lora_plus_steps_as_pefts(tmp_path):
+    theirs, mine = lora_pair(tmp_path)
+    before = outputs(mine, "llama").detach()
+    other = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8.0)
+    own = torch.optim.AdamW(lora_plus(mine, 1e-2, 8.0), weight_decay=0.0)
+    one, two = three_steps(mine, own), three_steps(theirs, other)
+    assert distance(one, two) < 1e-9 and distance(before, two) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_scaled_steps_are_pefts_riemannian_ones(kind, tmp_path):
+    theirs, mine = lora_pair(tmp_path)
+    before = outputs(mine, "llama").detach()
+    other = create_riemannian_optimizer(theirs, kind, lr=1e-2, reg=1e-2)
+    own = scaled_steps(kind(trainable_parameters(mine), lr=1e-2), mine, 1e-2)
+    one, two = three_steps(mine, own), three_steps(theirs, other)
+    assert distance(one, two) < 1e-9 and distance(before, two) > 1e-3
