@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_edu.paths import expanded
 from lora_edu.text import printable
 
-from .adapter_files import CONFIG, PREFIX, WEIGHTS, Adapter, AdapterError, Factors, read_adapter
+from .adapter_files import CONFIG, NOT_PRODUCT, PREFIX, WEIGHTS, Adapter, AdapterError, Factors, read_adapter
 from .checks import STARTED, is_conv1d
 from .inject import lora_layers, replace_layers, set_parameter, unwrap
 from .layers import LoRAEmbedding, LoRALinear
@@ -281,6 +281,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"the model has LoRA already, on {next(iter(lora_layers(model)))}; remove_lora it first"
         )
     adapter = read_adapter(folder)
+    if adapter.config.get("use_dora") is True:
+        raise AdapterError(
+            f"use_dora=True isn't supported ({NOT_PRODUCT['use_dora']}) by LoRA's layers; "
+            "lora_edu.tuning.load_tuned(model, folder) opens it"
+        )
     check_fits(model, adapter)
     parameters = all_tensors(model)
     values = _values_beside(parameters, adapter)

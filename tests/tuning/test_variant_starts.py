@@ -178,6 +178,10 @@ def test_first_gradient_is_that_of_full_tuning_and_leaves_the_model_alone():
         first_gradient(model, [], "query")
     with pytest.raises(ValueError, match=r"blocks.0.attention.query has no gradient"):
         first_gradient(model, BATCHES, "query", lambda model, x, y: model.head.weight.sum())
+    with pytest.raises(ValueError, match=r"blocks.1.attention.query has no gradient"):
+        first_gradient(
+            model, BATCHES, "query", lambda model, x, y: model.blocks[0].attention.query.weight.sum()
+        )
     assert portrait(model) == before
 
 

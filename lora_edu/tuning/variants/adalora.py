@@ -102,7 +102,8 @@ class RankBudget:
     their singular value set to 0; until the end a zero may grow again. The target itself is reached at the step
     steps − end, so that `end` must be at least 1 for it.
 
-    `follow` has an optimizer call `after_step` itself.
+    `follow` has an optimizer call `after_step` itself. What was weighed is kept here alone, so a run that goes on
+    from a checkpoint of `fit` weighs anew.
     """
 
     def __init__(

@@ -43,7 +43,9 @@ def first_gradient(
             weight.requires_grad_(True)
         for inputs, wanted in batches:
             value = loss(model, inputs, wanted)
-            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+            none = [None] * len(weights)
+            asked = list(weights.values())
+            gradients = torch.autograd.grad(value, asked, allow_unused=True) if value.requires_grad else none
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is None:
                     raise ValueError(f"{name} has no gradient: the loss doesn't depend on its weight")

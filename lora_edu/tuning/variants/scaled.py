@@ -57,7 +57,10 @@ def scale_gradients(model: nn.Module, damping: float = 1e-6) -> None:
             from_left = factor is layer.lora_A and not isinstance(layer, nn.Embedding)
             if factor.grad.is_sparse:
                 held = factor.grad.coalesce()
-                factor.grad = torch.sparse_coo_tensor(held.indices(), held.values() @ inverse, held.shape)
+                values = held.values() @ inverse
+                factor.grad = torch.sparse_coo_tensor(
+                    held.indices(), values, held.shape, check_invariants=False, is_coalesced=True
+                )
             else:
                 factor.grad.copy_(inverse @ factor.grad if from_left else factor.grad @ inverse)
 
