@@ -70,7 +70,13 @@ def randomise(model):
 
 def theirs_with(family, config):
     torch.manual_seed(7)
-    return randomise(peft.get_peft_model(base(family), config).double().eval())
+    model = peft.get_peft_model(base(family), config).double().eval()
+    for name, each in model.named_parameters():
+        if (
+            "ranknum" in name
+        ):  # the divisor of AdaLoRA's scaling, which PEFT 0.21 leaves trainable and doesn't save
+            each.requires_grad_(False)
+    return randomise(model)
 
 
 def opened_in_peft(family, folder):
@@ -205,9 +211,10 @@ def test_lora_ga_has_pefts_gradient_and_its_two_subspaces():
         A, B = other.lora_A["default"].weight, other.lora_B["default"].weight
         c = layer.lora_B.shape[0] ** 0.25 / 4
         S = torch.linalg.svdvals(gradients[name])
-        sign = torch.sign((layer.lora_A * A).sum(1))
         assert layer.scaling == other.scaling["default"]
-        assert distance(sign[:, None] * layer.lora_A, c * A) < 1e-2
+        sign = torch.sign((layer.lora_A * A).sum(1, keepdim=True))
+        assert distance(sign * layer.lora_A, c * A) < 1e-2
+        sign = torch.sign((layer.lora_B * B).sum(0))
         assert distance(sign * layer.lora_B * S[4:8], B) < 1e-2
 
 
@@ -258,7 +265,8 @@ def test_adalora_is_pefts_both_ways(family, tmp_path):
     assert distance(outputs(base(family), family), expected) > 1e-3
     inputs = FAMILIES[family].inputs()
     labelled = lambda model: model(**inputs, labels=inputs["input_ids"]).loss
-    assert abs(labelled(theirs) - labelled(mine) - 0.5 * orthogonality(mine)) < 1e-12
+    added = labelled(theirs.base_model) - labelled(mine)  # transformers makes its loss in float32
+    assert abs(added - 0.5 * orthogonality(mine)) < 1e-5
     save_tuned(mine, tmp_path / "ours")
     again = opened_in_peft(family, tmp_path / "ours")
     assert distance(outputs(again, family), expected) < 1e-12

@@ -361,12 +361,12 @@ def test_adalora_keeps_the_most_important_of_all_matrices_together():
 
 def test_orthogonality_is_zero_for_orthonormal_factors_and_pulls_towards_them():
     model = adalora(small(), 3, 6, LAYERS)
-    assert abs(float(orthogonality(model)) - 3**0.5) < 0.1, "P and Q are near zero at the start"
+    assert abs(orthogonality(model).item() - 3**0.5) < 0.1, "P and Q are near zero at the start"
     for each in model.modules():
         if hasattr(each, "adalora"):
             each.adalora.P.data = torch.linalg.qr(each.adalora.P.data).Q
             each.adalora.Q.data = torch.linalg.qr(each.adalora.Q.data.T).Q.T
-    assert float(orthogonality(model)) < 1e-12
+    assert orthogonality(model).item() < 1e-12
 
 
 def test_adalora_refuses_budgets_that_cannot_be():
