@@ -68,6 +68,8 @@ def save_tuned(model: nn.Module, folder: str | Path, base_model_name: str | None
 def load_tuned(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the method whose files are in `folder` on the model, with what it trained; returns the model.
 
+    LoRA's variants too, DoRA, VeRA and AdaLoRA among PEFT's; and PiSSA, after which the model has LoRA's layers.
+
     Raises AdapterError, with the reason, if the files are damaged, belong to another model or hold another method
     (LoRA's are `load_adapter`'s); FileNotFoundError if there are none; ValueError if the model has a method already.
     The model is then unchanged.
@@ -87,6 +89,8 @@ def load_tuned(model: nn.Module, folder: str | Path) -> nn.Module:
     kind = config.get("peft_type")
     if kind == "LORA" and config.get("use_dora") is True:
         return _module("dora").from_peft(model, config, read_tensors(find_file(folder, WEIGHTS)))
+    if kind == "LORA" and config.get("init_lora_weights") == "pissa":
+        return _module("pissa").from_peft(model, config, read_tensors(find_file(folder, WEIGHTS)))
     if kind == "LORA":
         raise AdapterError("this adapter is LoRA; lora_edu.lora.load_adapter(model, folder) opens it")
     if not isinstance(kind, str) or kind not in PEFT_TYPES:
@@ -142,5 +146,5 @@ def _stored(model: nn.Module) -> tuple[dict | None, dict[str, Tensor]]:
 
 def _module(name: str):
     """The module of a method; by its whole name, since `lora_edu.tuning.ia3` is the function."""
-    room = "lora_edu.tuning.variants" if name in VARIANTS else "lora_edu.tuning"
+    room = "lora_edu.tuning.variants" if name in (*VARIANTS, "pissa") else "lora_edu.tuning"
     return importlib.import_module(f"{room}.{name}")

@@ -183,6 +183,29 @@ def test_pissa_starts_and_is_converted_as_in_peft(family, stabilised, tmp_path):
     assert torch.equal(outputs(mine, family), outputs(base(family).float(), family))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pefts_own_file_of_pissa_is_opened(family, tmp_path):
+    """The file has A and B alone; W_res comes from the W that the model has, as when PEFT opens it."""
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=6,
+        init_lora_weights="pissa",
+        target_modules=LINEAR[family],
+        rank_pattern={r".*1\..*": 2},
+    )
+    theirs = randomise(peft.get_peft_model(base(family).float(), config).eval())
+    theirs.save_pretrained(tmp_path)
+    expected = outputs(theirs, family).detach()
+    mine = load_tuned(base(family).float(), tmp_path)
+    assert distance(outputs(mine, family), expected) < 1e-4
+    again = peft.PeftModel.from_pretrained(base(family).float(), tmp_path).eval()
+    assert distance(outputs(again, family), expected) < 1e-4
+    save_adapter(as_lora(mine), tmp_path / "lora")
+    again = peft.PeftModel.from_pretrained(base(family).float(), tmp_path / "lora").eval()
+    assert distance(outputs(again, family), expected) < 1e-4
+    assert distance(outputs(base(family).float(), family), expected) > 1e-2
+
+
 LINEAR = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 
 

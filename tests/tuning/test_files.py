@@ -174,7 +174,7 @@ def test_options_of_ours_that_are_wrong(kind, change, message, tmp_path):
         ),
         (
             {"peft_type": "BOFT"},
-            "peft_type must be one of IA3, P_TUNING, PREFIX_TUNING, PROMPT_TUNING; got BOFT",
+            "peft_type must be one of ADALORA, IA3, P_TUNING, PREFIX_TUNING, PROMPT_TUNING, VERA; got BOFT",
         ),
         ({"peft_type": ["IA3"]}, "peft_type must be one of"),
     ],

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_tinylm import LAYERS, TOKENS, moved, small
 from tiny_models import portrait
 from torch import nn
@@ -112,6 +113,22 @@ def test_what_was_saved_is_loaded_trainable(kind, tmp_path):
     with pytest.raises(AdapterError, match=r"20|24|another base"):
         load_tuned(other, tmp_path)
     assert portrait(other) == before
+
+
+def test_a_file_that_lacks_or_holds_something_else_is_refused(kind, tmp_path):
+    save_tuned(moved(put(kind, small())), tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    whole = load_file(weights)
+    model = small()
+    before = portrait(model)
+    for key, tensor in whole.items():
+        rest = {name: each for name, each in whole.items() if name != key}
+        others = [rest, rest | {key: tensor.flatten()[1:].clone()}, rest | {f"{key}x": tensor.clone()}]
+        for other in [*others, whole | {"strange": tensor.clone()}]:
+            save_file(other, weights)
+            with pytest.raises(AdapterError):
+                load_tuned(model, tmp_path)
+    assert portrait(model) == before
 
 
 def test_a_deep_copy_comes_off_by_itself(kind):

@@ -4,7 +4,7 @@ Not for choosing B₀ and A₀ (pissa.py, lora_ga.py).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,12 @@ Start = Callable[[str, nn.Module, int, float], tuple[Tensor, Tensor]]
 
 
 def add_started(
-    model: nn.Module, rank: int, alpha: float, targets: Target | Iterable[Target], start: Start, **options
+    model: nn.Module,
+    rank: int | Mapping[Target, int],
+    alpha: float | Mapping[Target, float],
+    targets: Target | Iterable[Target],
+    start: Start,
+    **options,
 ) -> nn.Module:
     """`add_lora`, and in each new layer A₀ and B₀ from `start`, with W − s B₀A₀ in W's place.
 
