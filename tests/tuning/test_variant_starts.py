@@ -203,7 +203,7 @@ def test_the_first_step_of_lora_ga_is_the_best_of_rank_2r(rank, stabilised):
 
 
 def test_lora_gas_stable_scale():
-    """§3.4: rows of A and columns of B are of length out^¼ / √γ, so that ‖A‖ = ‖B‖ = out^¼ √(r/γ)."""
+    """The stable scale: rows of A and columns of B are of length out^¼ / √γ, so that ‖A‖ = ‖B‖ = out^¼ √(r/γ)."""
     model = STARTS["lora_ga"](small(), 4)
     for layer in lora_layers(model).values():
         size = layer.lora_B.shape[0] ** 0.25 * (4 / 16.0) ** 0.5

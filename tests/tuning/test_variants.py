@@ -352,7 +352,7 @@ def test_adaloras_budget_falls_by_the_cube_and_is_kept():
 
 
 def test_adalora_keeps_the_most_important_of_all_matrices_together():
-    """Eq. 7 to 10 by hand for two steps: sensitivity, uncertainty, and the sum of Λ's and the means of P's and Q's."""
+    """Eq. 7 to 11 by hand for two steps: sensitivity, uncertainty, and the sum of Λ's and the means of P's and Q's."""
     model = adalora(small(), 3, 6, LAYERS)
     moved(model)
     budget, by_hand = RankBudget(model, 1, 10, beta1=0.7, beta2=0.6), {}

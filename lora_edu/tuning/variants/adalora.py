@@ -62,7 +62,7 @@ def adalora(model: nn.Module, rank: int, alpha: float, targets: Target | Iterabl
     """Add P Λ Q of rank `rank` to the layers that `targets` name and freeze all else; returns the model.
 
     ΔW = s P Λ Q (eq. 3), with P and Q normal of deviation 0.02 and Λ = 0, so that the model starts as the base: `rank`
-    is the paper's r at the start, above what is wanted in the end (1.5 times, §4). Train with `orthogonality` in the
+    is the paper's r at the start, above what is wanted in the end (1.5 times in the paper). Train with `orthogonality` in the
     loss and a `RankBudget` that takes singular values away; without them this is LoRA with a diagonal. Linear layers
     only, as in PEFT: the paper's importance is a mean over a vector, and of a table's Q most entries have no gradient.
 
@@ -95,7 +95,7 @@ class RankBudget:
     """Takes singular values away while AdaLoRA trains, the least important of all matrices first (§3.2, §3.3).
 
     Of each number w in P, Λ and Q with gradient g: I = |w g|, Ī ← β₁ Ī + (1 − β₁) I (sensitivity), U ← β₂ U + (1 − β₂)
-    |I − Ī| (uncertainty), and Ī U is its importance (eq. 8 to 10). A triplet's is that of its singular value and the
+    |I − Ī| (uncertainty), and Ī U is its importance (eq. 8 to 11). A triplet's is that of its singular value and the
     means over its column of P and its row of Q (eq. 7). The budget b counts triplets in all matrices: r₀ a matrix for
     `start` steps, target_rank a matrix for the last `end` of `steps`, and between b = b₁ + (b₀ − b₁)
     (1 − (t − start)/(steps − start − end))³ (eq. 12). Every `every` steps all but the b most important triplets have

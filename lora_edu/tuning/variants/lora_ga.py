@@ -73,8 +73,8 @@ def lora_ga(
 ) -> nn.Module:
     """Add LoRA to the layers of `gradients`, A and B from the gradient's SVD; returns the model, changed in place.
 
-    ∇W = UΣVᵀ, (out, in): A = c V[:, 1…r]ᵀ and B = c U[:, r+1…2r] with c = out^¼ / √γ (algorithm 1; 'stable scale',
-    §3.4), and W − s BA, frozen, in W's place. The first step of SGD then moves W by −η s² (∇W AᵀA + BBᵀ∇W), to first
+    ∇W = UΣVᵀ, (out, in): A = c V[:, 1…r]ᵀ and B = c U[:, r+1…2r] with c = out^¼ / √γ (algorithm 1, with its 'stable
+    scale'), and W − s BA, frozen, in W's place. The first step of SGD then moves W by −η s² (∇W AᵀA + BBᵀ∇W), to first
     order in η, which is c² s² times the best matrix of rank 2r to −η ∇W (theorem 3.1). s = α/√r unless
     rank_stabilised=False, as in the paper. gradients: of `first_gradient`, in W's shape, by layer; of an embedding the
     table is taken as (d, V). PEFT multiplies B by the gradient's singular values and doesn't scale A, which is another

@@ -17,7 +17,7 @@ def scaled_steps(
     """Let every step of `optimizer` see the gradients of `scale_gradients(model, damping)`; returns the optimizer.
 
     With SGD, with or without momentum and weight decay, and damping 0 the steps of ΔW are the same for all factors of
-    the same ΔW; with Adam, which the paper uses too (scaled AdamW, §5), they aren't: it divides entry by entry, and
+    the same ΔW; with Adam, which the paper uses too (scaled AdamW), they aren't: it divides entry by entry, and
     entries of B M are others than those of B. Nor where gradients are clipped before the step, as `fit` does unless
     told clip=None: the norm that is clipped depends on M. Raises ValueError for a damping below 0 and, in a step with
     a closure, which would make its gradients after the scaling, RuntimeError.
@@ -41,7 +41,7 @@ def scaled_steps(
 
 @torch.no_grad()
 def scale_gradients(model: nn.Module, damping: float = 1e-6) -> None:
-    """Every LoRA layer's ∇A becomes (BᵀB + δ1)⁻¹ ∇A and ∇B becomes ∇B (AAᵀ + δ1)⁻¹, in place (eq. 4 to 6).
+    """Every LoRA layer's ∇A becomes (BᵀB + δ1)⁻¹ ∇A and ∇B becomes ∇B (AAᵀ + δ1)⁻¹, in place (the paper's scaled gradient).
 
     δ: damping; the inverse is the pseudo-inverse, so that δ = 0 is right at B = 0 too. Of an embedding ∇A is (V, r) and
     multiplied from the right; a sparse one stays sparse. Made in float32 at least.
