@@ -271,9 +271,7 @@ def test_an_empty_folder_a_model_without_a_method_and_one_with_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no adapter_config.json in .*, nor tuning.json"):
         load_tuned(small(), tmp_path)
     for measure in (lambda model: save_tuned(model, tmp_path), stored_parameters):
-        with pytest.raises(
-            ValueError, match=r"no method to save; put one on first \(bitfit, .*vera\)"
-        ):
+        with pytest.raises(ValueError, match=r"no method to save; put one on first \(bitfit, .*vera\)"):
             measure(small())
     save_tuned(tuned("ia3"), tmp_path)
     with pytest.raises(ValueError, match=r"the model has bitfit already; remove_bitfit\(model\)"):

@@ -41,7 +41,7 @@ def scaled_steps(
 
 @torch.no_grad()
 def scale_gradients(model: nn.Module, damping: float = 1e-6) -> None:
-    """Every LoRA layer's ∇A becomes (BᵀB + δ1)⁻¹ ∇A and ∇B becomes ∇B (AAᵀ + δ1)⁻¹, in place (the paper's scaled gradient).
+    """Every LoRA layer's ∇A becomes (BᵀB + δ1)⁻¹ ∇A and ∇B becomes ∇B (AAᵀ + δ1)⁻¹, in place.
 
     δ: damping; the inverse is the pseudo-inverse, so that δ = 0 is right at B = 0 too. Of an embedding ∇A is (V, r) and
     multiplied from the right; a sparse one stays sparse. Made in float32 at least.
