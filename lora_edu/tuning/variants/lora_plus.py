@@ -16,8 +16,8 @@ def lora_plus(
     """Parameter groups for an optimiser: A at `rate` η, B at λη with λ = `ratio`; `Adam(lora_plus(model, 1e-3))`.
 
     With Adam's steps of one size, A x adds up over the width n of the input while B's sum is over r only, so that both
-    learn features at large n where η_A = Θ(1/n) and η_B = Θ(1) (§3; λ = 2⁴ is the paper's proposal). In an embedding x has
-    a single 1, so that neither factor sums over n: both get `embedding_rate`, η unless given (PEFT has a separate rate
+    learn features at large n where η_A = Θ(1/n) and η_B = Θ(1) (§3; the paper proposes λ = 2⁴). In an embedding x has a
+    single 1, so that neither factor sums over n: both get `embedding_rate`, η unless given (PEFT has a separate rate
     there, too). Whatever else is trained gets η. Groups that would be empty are left out; each has a "name".
 
     Raises ValueError for a rate or ratio that isn't above 0, or where no factor is trained.
