@@ -64,7 +64,8 @@ def adalora(model: nn.Module, rank: int, alpha: float, targets: Target | Iterabl
     ΔW = s P Λ Q (eq. 3), with P and Q normal of deviation 0.02 and Λ = 0, so that the model starts as the base: `rank`
     is the paper's r at the start, above what is wanted in the end (1.5 times in the paper). Train with `orthogonality`
     in the loss and a `RankBudget` that takes singular values away; without them this is LoRA with a diagonal. Linear
-    layers only, as in PEFT: the paper's importance is a mean over a vector, and of a table's Q most entries have no gradient.
+    layers only, as in PEFT: the paper's importance is a mean over a vector, and of a table's Q most entries have no
+    gradient.
 
     Raises ValueError or TypeError that names the layer and the reason; the model is then unchanged.
     """
