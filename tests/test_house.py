@@ -110,6 +110,8 @@ def test_imports_run_down_the_floors(path):
         ("lowrank.py", "def later():\n    import lora_edu.training", ["training"]),
         ("plots.py", "from lora_edu import training", ["training"]),  # of the same floor, another room
         ("lora/layers.py", "from ..training import fit", ["training"]),
+        ("tuning/variants/dora.py", "from ...training import fit", ["training"]),
+        ("tuning/variants/dora.py", "from ..applied import mark\nfrom lora_edu.lora import add_lora", []),
         ("data/corpus.py", "from lora_edu import explore", ["explore"]),
         ("explore/deltas.py", "from lora_edu.site import book", ["site", "site.book"]),
         ("__init__.py", "from lora_edu.paths import REPOSITORY", ["paths"]),

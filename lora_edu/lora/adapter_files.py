@@ -200,6 +200,16 @@ def read_adapter(path: str | Path) -> Adapter:
     return _assemble(weights, config, keys, read)
 
 
+def adapter_of(config: dict, tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter that PEFT's configuration and tensors, both in memory, hold; raises as `read_adapter` does.
+
+    For methods that store LoRA's factors and something more: they take out what is theirs first.
+    """
+    check_config(config)
+    keys = sort_keys(tensors)
+    return _assemble(Path(WEIGHTS), config, keys, {key: tensors[key] for key in _wanted(keys)})
+
+
 @contextlib.contextmanager
 def _opened(weights: Path) -> Iterator[safe_open]:
     """A safetensors file to read from; what goes wrong with it is an AdapterError with the reason."""

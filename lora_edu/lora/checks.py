@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from .quant import QuantisedLinear
 
 POOLED = "lora_pool"  # the child of a layer that holds its adapters, where an AdapterPool serves it
+STARTED = (
+    "start_A"  # the buffer of a LoRA layer that did not start at B = 0, so that W has given something up
+)
 TUNED_BY = "tuning_method"  # the attribute of a model that says which method of lora_edu.tuning is on it
 
 

@@ -168,7 +168,9 @@ def remove_lora(model: nn.Module, merge: bool = False, requantise: bool = False)
             original.take(layer)
         else:
             shared = layer._original and layer.weight is not original.weight and not merge
-            if not shared:
+            if shared:  # moved since, with the model
+                original.weight.data = original.weight.data.to(layer.weight)
+            else:
                 original.weight = layer.weight
         if isinstance(layer, LoRAEmbedding):  # which may have been resized since
             original.num_embeddings, original.padding_idx = original.weight.shape[0], layer.padding_idx

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from lora_edu.paths import expanded
 from lora_edu.text import printable
 
-from .adapter_files import CONFIG, PREFIX, WEIGHTS, Adapter, AdapterError, Factors, read_adapter
-from .checks import is_conv1d
+from .adapter_files import CONFIG, NOT_PRODUCT, PREFIX, WEIGHTS, Adapter, AdapterError, Factors, read_adapter
+from .checks import STARTED, is_conv1d
 from .inject import LoRALayer, lora_layers, replace_layers, set_parameter, unwrap
 from .layers import LoRAEmbedding, LoRALinear, LoRAQuantisedLinear
 from .quant import QuantisedLinear, weight_like, weight_shape
@@ -56,9 +56,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str | No
     half of each; after a failure the old one is back. Other files in the folder stay. A merged model is saved
     the same as an unmerged one. `base_model_name` is stored for PEFT, which can fetch the base by it.
 
-    Raises ValueError if the model has no LoRA layer, if a factor isn't finite, or if the layers can't be
-    expressed in the format (it has one `use_rslora` for all). Warns of other trained parameters: they are not
-    saved.
+    Raises ValueError if the model has no LoRA layer, if a factor isn't finite, if a layer started in W (pissa and
+    lora_ga; `as_lora` first), or if the layers can't be expressed in the format (it has one `use_rslora` for all).
+    Warns of other trained parameters: they are not saved.
     """
     model, folder = unwrap(model), expanded(folder)
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -66,6 +66,12 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str | No
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layer to save; add_lora it first")
+    started = next((name for name, layer in layers.items() if STARTED in layer._buffers), None)
+    if started is not None:
+        raise ValueError(
+            f"{started} started in W itself (pissa or lora_ga), so its factors alone are for a base that nobody else "
+            "has; lora_edu.tuning.variants.as_lora(model) makes LoRA for the untouched W of them, which can be saved"
+        )
     if len({layer.rank_stabilised for layer in layers.values()}) > 1:
         raise ValueError("PEFT's format has one use_rslora for all layers; some here have it and some don't")
     tensors = {}
@@ -274,6 +280,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"the model has LoRA already, on {next(iter(lora_layers(model)))}; remove_lora it first"
         )
     adapter = read_adapter(folder)
+    if adapter.config.get("use_dora") is True:
+        raise AdapterError(
+            f"use_dora=True isn't supported ({NOT_PRODUCT['use_dora']}) by LoRA's layers; "
+            "lora_edu.tuning.load_tuned(model, folder) opens it"
+        )
     check_fits(model, adapter)
     parameters = all_tensors(model)
     values = _values_beside(parameters, adapter)

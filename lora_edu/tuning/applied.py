@@ -18,7 +18,8 @@ class Applied(NamedTuple):
     """What `mark` leaves on a model as `model.tuning_method`.
 
     name: of the method's function ("ia3"). options: plain values (numbers, strings, lists) with which
-    `METHOD(other_model, **options)`, or for bitfit its module's `load`, makes the same shapes. undo: a function of the
+    `METHOD(other_model, **options)`, or for bitfit and lora_xs their module's `load`, makes the same shapes; empty or
+    partial for variants of LoRA whose files say it all (dora, vera, adalora). undo: a function of the
     module, not a closure, that is given the model and takes out what the method put in; so a deep copy of the model
     comes off by itself. trainable: the parameters that required a gradient before. originals: the values before of the
     model's own parameters that are trained where they are.

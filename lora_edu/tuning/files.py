@@ -26,11 +26,14 @@ from .applied import applied, applied_options, refuse_second
 
 OUR_CONFIG, OUR_WEIGHTS = "tuning.json", "tuning.safetensors"
 METHODS = ("bitfit", "bottleneck", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning")
+VARIANTS = ("adalora", "dora", "lora_xs", "vera")  # of LoRA, each with a forward of its own
 PEFT_TYPES = {
+    "ADALORA": "adalora",
     "IA3": "ia3",
     "P_TUNING": "p_tuning",
     "PREFIX_TUNING": "prefix_tuning",
     "PROMPT_TUNING": "prompt_tuning",
+    "VERA": "vera",
 }
 
 
@@ -65,6 +68,8 @@ def save_tuned(model: nn.Module, folder: str | Path, base_model_name: str | None
 def load_tuned(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the method whose files are in `folder` on the model, with what it trained; returns the model.
 
+    LoRA's variants too, DoRA, VeRA and AdaLoRA among PEFT's; and PiSSA, after which the model has LoRA's layers.
+
     Raises AdapterError, with the reason, if the files are damaged, belong to another model or hold another method
     (LoRA's are `load_adapter`'s); FileNotFoundError if there are none; ValueError if the model has a method already.
     The model is then unchanged.
@@ -82,6 +87,10 @@ def load_tuned(model: nn.Module, folder: str | Path) -> nn.Module:
         )
     config = read_config(folder)
     kind = config.get("peft_type")
+    if kind == "LORA" and config.get("use_dora") is True:
+        return _module("dora").from_peft(model, config, read_tensors(find_file(folder, WEIGHTS)))
+    if kind == "LORA" and config.get("init_lora_weights") == "pissa":
+        return _module("pissa").from_peft(model, config, read_tensors(find_file(folder, WEIGHTS)))
     if kind == "LORA":
         raise AdapterError("this adapter is LoRA; lora_edu.lora.load_adapter(model, folder) opens it")
     if not isinstance(kind, str) or kind not in PEFT_TYPES:
@@ -93,8 +102,9 @@ def load_tuned(model: nn.Module, folder: str | Path) -> nn.Module:
 def _load_ours(model: nn.Module, folder: Path) -> nn.Module:
     config = read_config(folder, OUR_CONFIG)
     name, options, names = (config.get(each) for each in ("method", "options", "names"))
-    if not isinstance(name, str) or name not in METHODS:
-        raise AdapterError(f"{OUR_CONFIG}: method must be one of {', '.join(METHODS)}; got {printable(name)}")
+    if not isinstance(name, str) or name not in METHODS + VARIANTS:
+        listed = ", ".join(METHODS + VARIANTS)
+        raise AdapterError(f"{OUR_CONFIG}: method must be one of {listed}; got {printable(name)}")
     if not isinstance(options, dict):
         raise AdapterError(f"{OUR_CONFIG}: options must be an object; got {printable(options)}")
     weights = folder / OUR_WEIGHTS
@@ -126,7 +136,9 @@ def _stored(model: nn.Module) -> tuple[dict | None, dict[str, Tensor]]:
     """(PEFT's configuration, or None for our own layout; the tensors under the file's names)."""
     name = applied(model)
     if name is None:
-        raise ValueError(f"the model has no method to save; put one on first ({', '.join(METHODS)})")
+        raise ValueError(
+            f"the model has no method to save; put one on first ({', '.join(METHODS + VARIANTS)})"
+        )
     module = _module(name)
     told = module.to_peft(model) if hasattr(module, "to_peft") else None
     return told if told is not None else (None, module.state(model))
@@ -134,4 +146,5 @@ def _stored(model: nn.Module) -> tuple[dict | None, dict[str, Tensor]]:
 
 def _module(name: str):
     """The module of a method; by its whole name, since `lora_edu.tuning.ia3` is the function."""
-    return importlib.import_module(f"lora_edu.tuning.{name}")
+    room = "lora_edu.tuning.variants" if name in (*VARIANTS, "pissa") else "lora_edu.tuning"
+    return importlib.import_module(f"{room}.{name}")

@@ -16,7 +16,13 @@ def option(options: Mapping, name: str, kind: type):
     value = options.get(name)
     right = type(value) is kind and (kind is not list or all(isinstance(each, str) for each in value))
     if not right:
-        rule = {list: "a list of names", int: "a whole number", str: "a word", bool: "true or false"}[kind]
+        rule = {
+            list: "a list of names",
+            int: "a whole number",
+            float: "a number",
+            str: "a word",
+            bool: "true or false",
+        }[kind]
         raise AdapterError(f"the file's option {name} must be {rule}; got {printable(value)}")
     return value
 

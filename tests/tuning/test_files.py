@@ -174,7 +174,7 @@ def test_options_of_ours_that_are_wrong(kind, change, message, tmp_path):
         ),
         (
             {"peft_type": "BOFT"},
-            "peft_type must be one of IA3, P_TUNING, PREFIX_TUNING, PROMPT_TUNING; got BOFT",
+            "peft_type must be one of ADALORA, IA3, P_TUNING, PREFIX_TUNING, PROMPT_TUNING, VERA; got BOFT",
         ),
         ({"peft_type": ["IA3"]}, "peft_type must be one of"),
     ],
@@ -271,9 +271,7 @@ def test_an_empty_folder_a_model_without_a_method_and_one_with_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no adapter_config.json in .*, nor tuning.json"):
         load_tuned(small(), tmp_path)
     for measure in (lambda model: save_tuned(model, tmp_path), stored_parameters):
-        with pytest.raises(
-            ValueError, match=r"no method to save; put one on first \(bitfit, .*prompt_tuning\)"
-        ):
+        with pytest.raises(ValueError, match=r"no method to save; put one on first \(bitfit, .*vera\)"):
             measure(small())
     save_tuned(tuned("ia3"), tmp_path)
     with pytest.raises(ValueError, match=r"the model has bitfit already; remove_bitfit\(model\)"):
