@@ -97,7 +97,7 @@ class RankBudget:
 
     Of each number w in P, Λ and Q with gradient g: I = |w g|, Ī ← β₁ Ī + (1 − β₁) I (sensitivity), U ← β₂ U + (1 − β₂)
     |I − Ī| (uncertainty), and Ī U is its importance (eq. 8 to 11). A triplet's is that of its singular value and the
-    means over its column of P and its row of Q (eq. 7). The budget b counts triplets in all matrices: r₀ a matrix for
+    means over its column of P and its row of Q. The budget b counts triplets in all matrices: r₀ a matrix for
     `start` steps, target_rank a matrix for the last `end` of `steps`, and between b = b₁ + (b₀ − b₁)
     (1 − (t − start)/(steps − start − end))³ (eq. 12). Every `every` steps all but the b most important triplets have
     their singular value set to 0; until the end a zero may grow again. The target itself is reached at the step
