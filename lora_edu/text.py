@@ -1,4 +1,4 @@
-"""What the package says of names, numbers of bytes and ranks, in one wording. Python's own library only.
+"""What the package says of names, whole numbers, bytes and ranks, in one wording. Python's own library only.
 
 Not for the words of one module: its errors and sentences stay with it.
 """
@@ -37,6 +37,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error's first sentence: '; did you mean query or key?', or '.' where nothing is near."""
     close = nearest(name, known)
     return f"; did you mean {' or '.join(close)}?" if close else "."
+
+
+def whole_number(name: str, value: object, least: int = 1) -> int:
+    """`value` as an int; a ValueError that names it where it is no whole number or too small."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
+    return number
 
 
 def check_rank(rank: int, shape: tuple[int, int], what: str = "weight", bounded: bool = True) -> int:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 
 from lora_edu.counting.adapters import count
 from lora_edu.counting.architectures import ARCHITECTURES, Architecture
-from lora_edu.counting.formulas import BYTES, OPTIMISERS, dtype_name, optimiser_name, whole_number
+from lora_edu.counting.formulas import BYTES, OPTIMISERS, dtype_name, optimiser_name
 from lora_edu.counting.models import architecture
 from lora_edu.counting.published import published_table
 from lora_edu.counting.training_step import Memory, training_flops, training_memory
-from lora_edu.text import format_bytes
+from lora_edu.text import format_bytes, whole_number
 
 BAD_INPUT = 2  # exit status: a model, a target or a number that can't be counted
 

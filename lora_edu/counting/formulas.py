@@ -1,10 +1,9 @@
 """LoRA on one matrix: its numbers, bytes and FLOPs, and how they are printed. Knows no model."""
 
-import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lora_edu.text import check_rank, did_you_mean
+from lora_edu.text import check_rank, did_you_mean, whole_number
 
 # Bytes a number takes. int4 is the packed weight alone: the scales that come with it depend on the format.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int4": 0.5}
@@ -134,17 +133,6 @@ def known(table: Iterable[str], name: str, what: str, given: object) -> str:
     raise ValueError(
         f"unknown {what} {str(given)!r}{did_you_mean(str(given), table)} There are: {', '.join(table)}"
     )
-
-
-def whole_number(name: str, value: object, least: int = 1) -> int:
-    """`value` as an int; a ValueError that names it where it is no whole number or too small."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
-    return number
 
 
 def _check_shape(rows: int, columns: int) -> None:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from lora_edu.counting.adapters import count
 from lora_edu.counting.architectures import Architecture, Matrix
-from lora_edu.counting.formulas import BYTES, dtype_name, optimiser_bytes, size, whole_number
+from lora_edu.counting.formulas import BYTES, dtype_name, optimiser_bytes, size
 from lora_edu.counting.models import architecture
+from lora_edu.text import whole_number
 
 
 class Memory(NamedTuple):

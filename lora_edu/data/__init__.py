@@ -1,5 +1,7 @@
-"""What the course works on: text that every reader has (`corpus`) and what ships, by name (`shipped`)."""
+"""What the course works on: text that every reader has (`corpus`), what ships, by name (`shipped`), and a table of
+tunings that others published (`comparison`)."""
 
+from lora_edu.data.comparison import counterparts, load_peft_comparison
 from lora_edu.data.corpus import Corpus, load_corpus, load_package
 from lora_edu.data.shipped import (
     adapter_folder,
@@ -16,6 +18,7 @@ from lora_edu.data.shipped import (
 __all__ = [
     "Corpus",
     "adapter_folder",
+    "counterparts",
     "load_analysis",
     "load_base_losses",
     "load_checkpoint",
@@ -24,6 +27,7 @@ __all__ = [
     "load_methods",
     "load_mixtures",
     "load_package",
+    "load_peft_comparison",
     "load_regimes",
     "load_sweeps",
 ]

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_edu.data import corpus, published, shipped
+from lora_edu.data import comparison, corpus, published, shipped
 from lora_edu.data.runs import SETTINGS, best, name_of
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
@@ -382,10 +382,15 @@ class Maker:
         self.ship("gentle", load_safetensors(gentle.read_bytes()), made)
 
     def published(self) -> dict:
-        """Figures of a fine-tune that others published (got through pip), and the reactions that it is asked about."""
-        file = "textbook_reactions.txt"  # written by hand: there is no other place to take it from
-        write_atomically(self.out / file, (REPOSITORY / "data" / file).read_bytes())
-        self.describe(file, "written for this course by hand")
+        """Figures of a fine-tune that others published (got through pip), the reactions that it is asked about, and
+        the table of tunings that others published."""
+        # written or copied by hand: there is no other place to take them from
+        for file, made in (
+            ("textbook_reactions.txt", "written for this course by hand"),
+            ("peft_metamathqa.csv", comparison.SOURCE),
+        ):
+            write_atomically(self.out / file, (REPOSITORY / "data" / file).read_bytes())
+            self.describe(file, made)
         published.fetch("rxnfp")
         found = published_figures.measure("rxnfp")
         write_atomically(self.out / "published_rxnfp.safetensors", published_figures.packed(found))
