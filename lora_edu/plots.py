@@ -17,11 +17,12 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import LightSource, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.patches import Ellipse, Polygon, Rectangle
+from matplotlib.patches import Ellipse, Patch, Polygon, Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -757,18 +758,27 @@ def level_grid(axes: Axes, grid, rows: Sequence, columns: Sequence, high: float 
 _BLOCK = {
     "embedding": ((1.35, 3.2, 1.2, 2.2), "embed-\nding"),
     "norm 1": ((4.05, 2.6, 0.4, 2.6), ""),
-    "query": ((5.1, 5.2, 1.0, 1.0), "$W_q$"),
-    "key": ((5.1, 3.4, 1.0, 1.0), "$W_k$"),
-    "value": ((5.1, 1.6, 1.0, 1.0), "$W_v$"),
+    "query": ((5.1, 5.2, 1.0, 1.0), "query"),
+    "key": ((5.1, 3.4, 1.0, 1.0), "key"),
+    "value": ((5.1, 1.6, 1.0, 1.0), "value"),
     "attention": ((7.9, 0.85, 1.15, 5.35), "atten-\ntion"),
-    "output": ((9.75, 3.4, 1.0, 1.0), "$W_o$"),
+    "output": ((9.75, 3.4, 1.0, 1.0), "output"),
     "norm 2": ((13.0, 2.6, 0.4, 2.6), ""),
-    "up": ((14.0, 3.0, 0.9, 1.8), "$W_{up}$"),
-    "down": ((16.6, 3.0, 0.9, 1.8), "$W_{down}$"),
+    "up": ((14.0, 3.0, 0.9, 1.8), "up"),
+    "down": ((16.6, 3.0, 0.9, 1.8), "down"),
     "norm 3": ((20.0, 2.6, 0.4, 2.6), ""),
     "head": ((20.95, 2.8, 0.8, 2.2), "head"),
 }
 _FLOW = 3.9  # the height at which everything goes from left to right
+_SUMS = (12.55, 19.45)  # where what attention and the MLP give is added
+_WIRES = [
+    [(2.4, _FLOW), (21.0, _FLOW)],
+    *([(4.6, _FLOW), (4.6, y), (8.0, y)] for y in (5.7, 2.1)),  # queries and values; keys go along the middle
+    *([(x, _FLOW), (x, 6.75), (to, 6.75), (to, _FLOW)] for x, to in zip((3.75, 12.75), _SUMS, strict=True)),
+    [(2.3, 2.25), (3.4, 2.25), (3.4, _FLOW)],  # virtual tokens go the text's way
+    [(6.5, 0.5), (7.23, 0.5), (7.23, 3.3)],
+    *([(7.23, y), (8.0, y)] for y in (3.12, 1.32)),
+]
 _IN_BLOCKS = ("query", "key", "value", "output", "up", "down")
 # Part that a method may train → (left, bottom, width, height) of its boxes; the other parts are made from _BLOCK.
 _BOXES = {
@@ -802,81 +812,71 @@ def where_it_acts(
     """
     if strangers := sorted(set(lit) - set(PARTS)):
         raise ValueError(f"the parts are {', '.join(PARTS)}; got {strangers[0]!r}")
-    lines = _wires(axes)
-    drawn: list[Artist] = []
-    for name, (box, label) in _BLOCK.items():
-        whole = "weights" in lit and name != "attention"
-        drawn.append(_box(axes, box, colour if whole else "#d4d4d4", 1))
-        if words:
-            middle = box[0] + box[2] / 2, box[1] + box[3] / 2
-            axes.text(*middle, label, ha="center", va="center", size=7, color="white" if whole else BLACK)
-    for part, boxes in _added_boxes().items():
-        drawn += [_box(axes, box, colour, part in lit) for box in boxes]
-    for x, y in _SCALES:
-        drawn.append(_shape(axes, "scales" in lit, colour, centre=(x, y)))
-    for left, bottom, width, height in _NARROW:
-        right, top, waist = left + width, bottom + height, 0.36 * height
-        middle = left + width / 2
-        corners = [(left, bottom), (middle, bottom + waist), (right, bottom), (right, top)]
-        corners += [(middle, top - waist), (left, top)]
-        drawn.append(_shape(axes, "bottlenecks" in lit, colour, corners=corners))
+    whole = lambda name: "weights" in lit and name != "attention"
+    boxes = {name: Rectangle(box[:2], *box[2:]) for name, (box, _) in _BLOCK.items()}
+    added = _added_parts()
+    text = [Rectangle((2.9, 3.35 + 0.5 * place), 0.42, 0.42) for place in range(3)]
+    grey = [*(box for name, box in boxes.items() if not whole(name)), *text]
+    trained = [*(box for name, box in boxes.items() if whole(name))]
+    trained += [shape for part in lit for shape in added.get(part, ())]
+    faint = [shape for part, shapes in added.items() if part not in lit for shape in shapes]
+    outline = {"facecolors": "white", "edgecolors": "#c4c4c4", "linewidths": 0.7, "linestyles": (0, (2, 1.5))}
+    drawn: list[Artist] = [
+        LineCollection(_WIRES, colors="#9a9a9a", linewidths=1, zorder=1),
+        PatchCollection(grey, facecolors="#d4d4d4", linewidths=0, zorder=2),
+        PatchCollection(faint, zorder=3, **outline),
+        PatchCollection(trained, facecolors=colour, linewidths=0, zorder=4),
+        PatchCollection(
+            [Ellipse((x, _FLOW), 0.55, 0.9) for x in _SUMS],
+            facecolors="white",
+            edgecolors="#9a9a9a",
+            linewidths=1,
+            zorder=5,
+        ),
+    ]
+    for each in drawn:
+        axes.add_collection(each, autolim=False)
+    drawn += _words(axes, {name for name in _BLOCK if whole(name)}) if words else []
+    for each in drawn:  # they stay inside the axes, and layout need not look at each of them
+        each.set_in_layout(False)
     axes.set(xlim=(0.6, 22.2), ylim=(0, 7.6))
     axes.set_axis_off()
-    return [*lines, *drawn]
+    return drawn
 
 
-def _added_boxes() -> dict[str, list[tuple[float, float, float, float]]]:
-    """Part → its boxes: beside each matrix B (a column) and A (a row), on the edge of each layer its bias."""
-    beside: dict[str, list] = {"LoRA": [], "LoRA at the ends": [], "biases": []}
+def _added_parts() -> dict[str, list[Patch]]:
+    """Part → its shapes: beside each matrix B (a column) and A (a row), on the edge of each layer its bias, …"""
+    boxes: dict[str, list] = {"LoRA": [], "LoRA at the ends": [], "biases": []} | _BOXES
     for name, ((left, bottom, width, height), _) in _BLOCK.items():
         if name in (*_IN_BLOCKS, "embedding", "head"):
             part = "LoRA" if name in _IN_BLOCKS else "LoRA at the ends"
-            beside[part] += [(left - 0.3, bottom, 0.18, height), (left, bottom + height + 0.15, width, 0.22)]
+            boxes[part] += [(left - 0.3, bottom, 0.18, height), (left, bottom + height + 0.15, width, 0.22)]
         if name in _IN_BLOCKS or name.startswith("norm"):
-            beside["biases"].append((left + width - 0.02, bottom, 0.16, height))
-    return beside | _BOXES
+            boxes["biases"].append((left + width - 0.02, bottom, 0.16, height))
+    parts: dict[str, list[Patch]] = {
+        part: [Rectangle(each[:2], *each[2:]) for each in them] for part, them in boxes.items()
+    }
+    parts["scales"] = [Ellipse(centre, 0.5, 0.8) for centre in _SCALES]
+    parts["bottlenecks"] = []
+    for left, bottom, width, height in _NARROW:
+        right, top, middle, waist = left + width, bottom + height, left + width / 2, 0.36 * height
+        left_side = [(middle, top - waist), (left, top), (left, bottom), (middle, bottom + waist)]
+        parts["bottlenecks"].append(Polygon([*left_side, (right, bottom), (right, top)]))
+    return parts
 
 
-def _box(axes: Axes, box: tuple[float, float, float, float], colour: str, lit: bool) -> Artist:
-    left, bottom, width, height = box
-    look = {"facecolor": colour, "linewidth": 0} if lit else _FAINT
-    return axes.add_patch(Rectangle((left, bottom), width, height, zorder=3, **look))
-
-
-def _shape(axes: Axes, lit: bool, colour: str, centre=None, corners=None) -> Artist:
-    look = {"facecolor": colour, "linewidth": 0} if lit else _FAINT
-    if corners is not None:
-        return axes.add_patch(Polygon(corners, zorder=3, **look))
-    return axes.add_patch(Ellipse(centre, 0.5, 0.8, zorder=3, **look))
-
-
-_FAINT = {"facecolor": "white", "edgecolor": "#c4c4c4", "linewidth": 0.7, "linestyle": (0, (2, 1.5))}
-
-
-def _wires(axes: Axes) -> list[Artist]:
-    """What leads from part to part, the sums, and the words beside them."""
-    look = {"color": "#9a9a9a", "linewidth": 1, "zorder": 1}
-    drawn: list[Artist] = axes.plot([2.4, 21.0], [_FLOW, _FLOW], **look)
-    for y in (5.7, 2.1):  # queries and values; keys go along the middle
-        drawn += axes.plot([4.6, 4.6, 8.0], [_FLOW, y, y], **look)
-    for left, right in ((3.75, 12.55), (12.75, 19.45)):  # past attention, past the MLP
-        drawn += axes.plot([left, left, right, right], [_FLOW, 6.75, 6.75, _FLOW], **look)
-        drawn.append(axes.text(right, _FLOW, "+", ha="center", va="center", size=10, zorder=4, color=BLACK))
-        drawn.append(
-            axes.add_patch(
-                Ellipse((right, _FLOW), 0.55, 0.9, facecolor="white", edgecolor="#9a9a9a", zorder=3)
-            )
-        )
-    drawn += axes.plot([2.3, 3.4, 3.4], [2.25, 2.25, _FLOW], **look)  # virtual tokens go the text's way
-    drawn += axes.plot([6.5, 7.23, 7.23], [0.5, 0.5, 3.3], **look)
-    for y in (3.12, 1.32):
-        drawn += axes.plot([7.23, 8.0], [y, y], **look)
-    for place in range(3):
-        drawn.append(_box(axes, (2.9, 3.35 + 0.5 * place, 0.42, 0.42), "#b0b0b0", True))
-    small = {"size": 7, "ha": "center", "va": "center", "color": "#555555"}
-    drawn.append(axes.text(3.1, 5.1, "text", **small))
-    drawn.append(axes.text(15.45, _FLOW - 0.75, "GELU", **small))
-    drawn.append(axes.text(11.6, 7.25, "one of the blocks", **small))
+def _words(axes: Axes, on_colour: set[str]) -> list[Artist]:
+    """What the boxes are called, white in those of `on_colour`, and the words beside them."""
+    middle = {"ha": "center", "va": "center", "zorder": 6}
+    drawn: list[Artist] = []
+    for name, ((left, bottom, width, height), label) in _BLOCK.items():
+        at = left + width / 2, bottom + height / 2
+        look = middle | {"size": 7, "color": "white" if name in on_colour else BLACK}
+        drawn.append(axes.text(*at, label, **look))
+    for x in _SUMS:
+        drawn.append(axes.text(x, _FLOW, "+", size=10, **middle))
+    for x, y, word in ((3.1, 5.1, "text"), (15.45, _FLOW - 0.75, "GELU"), (11.6, 7.25, "one of the blocks")):
+        drawn.append(axes.text(x, y, word, size=7, color="#555555", **middle))
     return drawn
 
 
@@ -891,7 +891,7 @@ def quality_against(
     """Points joined by name over a logarithmic x: the mean of the repeats, and a bar from the lowest to the highest.
 
     series: name → (x, repeats at each x); looks: name → (colour, marker). others: name → a second x for each point, a
-    hollow mark joined to the first by a dotted line (what is trained, where x is what is stored). `labels` go to Axes.set.
+    hollow mark joined to the first by a dotted line (what is trained where x is what is stored). `labels`: Axes.set.
     """
     drawn: list[Artist] = []
     for name, (x, repeats) in series.items():
@@ -942,7 +942,7 @@ def rate_panels(
             axes.plot(best, losses[best], markersize=9, markerfacecolor="none", linestyle="", **ring)
         if len(lines) > 1:
             axes.legend(fontsize=7, handlelength=1, loc="upper center", borderaxespad=0)
-        axes.set_title(title, size=9)
+        axes.set_title(title, size=8)
         axes.set(**{"xscale": "log"} | labels)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.tick_params(labelsize=7)

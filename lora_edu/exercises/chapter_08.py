@@ -50,7 +50,7 @@ def check_08_1(answer: object) -> str:
         if problem := _bias_problem(set(names), known):
             return f"Exercise 1: not yet: {call} {problem}"
     return (
-        "Exercise 1: right. In TinyLM all linear layers of the blocks and all norms have one. Llama has none at all, so "
+        "Exercise 1: right. In TinyLM all linear layers of the blocks and all norms have one. Llama has none, so "
         "that BitFit has nothing to train there."
     )
 
