@@ -21,6 +21,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -188,6 +189,24 @@ def private(process: psutil.Process) -> int:
         return process.memory_full_info().uss
     except (OSError, StopIteration, psutil.Error):
         return 0  # it has just ended
+
+
+class Peak(threading.Thread):
+    """Looks at the private memory of this process every so many seconds, and remembers the most."""
+
+    def __init__(self, every: float = 0.01):
+        super().__init__(daemon=True)
+        self.every = every
+        self.process, self.most, self.going = psutil.Process(), 0, True
+
+    def look(self) -> int:
+        self.most = max(self.most, private(self.process))
+        return self.most
+
+    def run(self):
+        while self.going:
+            self.look()
+            time.sleep(self.every)
 
 
 def watched(command: list[str], threads: int) -> dict:

@@ -32,7 +32,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -42,7 +41,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 import transformers
-from extract import private
+from extract import Peak
 from torch import nn
 
 from lora_edu import plots
@@ -218,23 +217,6 @@ def times(kind: str, folder: Path, options: argparse.Namespace) -> list[dict]:
                     flush=True,
                 )
     return rows
-
-
-class Peak(threading.Thread):
-    """Looks at the private memory of this process a hundred times a second, and remembers the most."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.process, self.most, self.going = psutil.Process(), 0, True
-
-    def look(self) -> int:
-        self.most = max(self.most, private(self.process))
-        return self.most
-
-    def run(self):
-        while self.going:
-            self.look()
-            time.sleep(0.01)
 
 
 def memory_here(kind: str, way: str, folder: Path, layers: int, adapters: list[int]) -> list[dict]:

@@ -1,4 +1,4 @@
-"""What LoRA costs on paper: parameters, bytes and FLOPs, for any shape and for those of well-known models.
+"""What LoRA and other ways to tune cost on paper: parameters, bytes and FLOPs, for any shape and for known models.
 
 Plain Python, no torch: it starts at once and runs anywhere. It measures nothing; chapter 04 does.
 """
@@ -29,6 +29,7 @@ from lora_edu.counting.formulas import (
     size,
     spaced,
 )
+from lora_edu.counting.methods import METHODS, Trained, trained
 from lora_edu.counting.models import architecture, from_config, read_config
 from lora_edu.counting.published import Published, published_counts, published_table
 from lora_edu.counting.training_step import Flops, Memory, saved_numbers, training_flops, training_memory
@@ -37,6 +38,7 @@ __all__ = [
     "ARCHITECTURES",
     "BYTES",
     "GROUPS",
+    "METHODS",
     "OPTIMISERS",
     "Architecture",
     "Count",
@@ -46,6 +48,7 @@ __all__ = [
     "Memory",
     "Published",
     "Row",
+    "Trained",
     "adapted",
     "architecture",
     "backward_flops",
@@ -70,6 +73,7 @@ __all__ = [
     "size",
     "spaced",
     "tinylm",
+    "trained",
     "training_flops",
     "training_memory",
 ]
