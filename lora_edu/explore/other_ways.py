@@ -136,7 +136,7 @@ def price_and_quality(
     """What counts as the price, what as quality → the methods as points, and the stairs of those that none beats.
 
     prices: name of a price → method → number; losses: name of a text → method → nats a token; units: name of a price →
-    what stands at its axis. A method is drawn where both have it.
+    what stands at its axis, unless it is the name. A method is drawn where both have it.
     """
     bottom, top = ({name: pick(each.values()) for name, each in losses.items()} for pick in (min, max))
 
@@ -149,7 +149,7 @@ def price_and_quality(
         scale = "log" if most > 20 * least else "linear"
         _, best = plots.price_and_quality(axes, points, LOOKS, xscale=scale)
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel=units[price], ylabel=f"loss on {text}, nats a token")
+        axes.set(xlabel=units.get(price, price), ylabel=f"loss on {text}, nats a token")
         axes.set_ylim(bottom[text] - 0.1, top[text] + 0.2)
         axes.set_title("filled: no other is nowhere worse and somewhere better")
         handles, names = axes.get_legend_handles_labels()

@@ -27,25 +27,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_edu import counting, explore, plots, timing
+from lora_edu import counting, explore, plots, timing, tuning
 from lora_edu.data import counterparts, load_checkpoint, load_corpus, load_methods, load_peft_comparison
 from lora_edu.data.runs import method_grid, method_runs, tuned_method
 from lora_edu.exercises import chapter_08 as exercises
 from lora_edu.explore.other_ways import ACTS_ON, LOOKS, NAMES, SIZE, by_method, called
-from lora_edu.lora import lora_layers, merge_lora
+from lora_edu.lora import merge_lora
 from lora_edu.recording.methods import ONE_SIZE, apply
 from lora_edu.resampling import permutation_p, rank_correlation
 from lora_edu.tinylm import TinyLM
-from lora_edu.tuning import (
-    bitfit,
-    bottleneck,
-    fold_ia3,
-    fold_p_tuning,
-    ia3,
-    p_tuning,
-    prefix_tuning,
-    prompt_tuning,
-)
 
 # %% tags=["setup"]
 torch.set_num_threads(1)
@@ -62,6 +52,12 @@ def fresh():
 def trained(model):
     """The parameters that are trained, by name."""
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
+# %% tags=["setup"]
+def legend_beside(figure, axes):
+    with plots.style():
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
 
 
 def picture(*methods):
@@ -125,11 +121,12 @@ for method, size in ONE_SIZE.items():
     print(f"{called(method, size):28} {start[method] - before:+.3f}")
 virtual = {"prompt", "p-tuning", "prefix"}
 assert all((abs(start[method] - before) > 1e-3) == (method in virtual) for method in start)
+assert abs(start["prompt"] - start["prefix"]) < 1e-3
 
 # %% [markdown]
-# A method that begins as the base can be left on at no risk. One with virtual tokens begins somewhere else. How far away
-# depends on what it starts from: the prompt and the prefix here start as words of the vocabulary (as keys and values of words),
-# P-Tuning's tokens as what an untrained network gives.
+# What begins as the base can only be as good at first, and no worse. Virtual tokens begin somewhere else, and how far away depends on
+# what they start from. The prompt and the prefix start as the same 16 words of the vocabulary (the prefix as their keys and values), so
+# they begin at one loss. P-Tuning's tokens start as what an untrained network gives.
 #
 # ## 2 · Each in a few lines
 #
@@ -149,7 +146,8 @@ def agree(ours, theirs):
         apart = (ours(text) - theirs(text)).abs().max()
         moved = (theirs(text) - fresh()(text)).abs().max()
     assert apart < 1e-3 < 0.1 < moved
-    print(f"the same logits, with {sum(each.numel() for each in trained(theirs).values()):,} trained numbers moved")
+    numbers = tuning.trained_parameters(theirs)
+    print(f"the same logits, with all {numbers:,} trained numbers moved")
 
 
 # %% [markdown]
@@ -158,7 +156,9 @@ def agree(ours, theirs):
 # **BitFit** (Ben Zaken et al. 2021) trains what is there: every bias, of linear layers and of norms.
 
 # %%
-plots.show(picture("bitfit", "ia3"), "BitFit trains the biases; (IA)³ scales keys, values and the MLP's inside.")
+plots.show(
+    picture("bitfit", "ia3"), "BitFit trains the biases; (IA)³ scales keys, values and the MLP's inside."
+)
 
 
 # %%
@@ -168,9 +168,9 @@ def train_biases(model):
     return model
 
 
-agree(train_biases(fresh()), bitfit(fresh()))
+agree(train_biases(fresh()), tuning.bitfit(fresh()))
 each_block = 4 * 100 + (400 + 100) + 2 * 100  # attention, MLP, two norms
-assert sum(each.numel() for each in trained(bitfit(fresh())).values()) == 6 * each_block + 100 == 6_700
+assert tuning.trained_parameters(tuning.bitfit(fresh())) == 6 * each_block + 100 == 6_700
 
 # %% [markdown]
 # **(IA)³** (Liu et al. 2022) trains a factor for each key, each value, and each number inside the MLP: keys $l_k \odot k$, values
@@ -199,8 +199,8 @@ def scale_activations(model):
     return model
 
 
-agree(scale_activations(fresh()), ia3(fresh()))
-assert sum(each.numel() for each in trained(ia3(fresh())).values()) == 6 * (100 + 100 + 400) == 3_600
+agree(scale_activations(fresh()), tuning.ia3(fresh()))
+assert tuning.trained_parameters(tuning.ia3(fresh())) == 6 * (100 + 100 + 400) == 3_600
 
 # %% [markdown]
 # A factor on what comes out of a layer is a factor on the rows of $W$ and on $b$; one on what goes in is a factor on the
@@ -213,7 +213,9 @@ assert sum(each.numel() for each in trained(ia3(fresh())).values()) == 6 * (100 
 # and the sum with what came in: $h + W_{up}\,\mathrm{GELU}(W_{down} h + b_{down}) + b_{up}$.
 
 # %%
-plots.show(picture("bottleneck", "lora"), "Bottleneck adapters stand in the stream; LoRA stands beside the weights.")
+plots.show(
+    picture("bottleneck", "lora"), "Bottleneck adapters stand in the stream; LoRA stands beside the weights."
+)
 
 
 # %%
@@ -240,8 +242,8 @@ def add_bottlenecks(model, width):
     return model
 
 
-agree(add_bottlenecks(fresh(), 8), bottleneck(fresh(), 8))
-assert sum(each.numel() for each in trained(bottleneck(fresh(), 8)).values()) == 12 * (2 * 100 * 8 + 8 + 100)
+agree(add_bottlenecks(fresh(), 8), tuning.bottleneck(fresh(), 8))
+assert tuning.trained_parameters(tuning.bottleneck(fresh(), 8)) == 12 * (2 * 100 * 8 + 8 + 100)
 
 # %% [markdown]
 # Compare LoRA's $W x + s\,B A x$: also down to few numbers and up again. But the non-linearity between the two matrices, and
@@ -254,7 +256,10 @@ assert sum(each.numel() for each in trained(bottleneck(fresh(), 8)).values()) ==
 # that it changes is the sequence.
 
 # %%
-plots.show(picture("prompt", "p-tuning"), "Both put vectors before the text; P-Tuning makes them with a small network.")
+plots.show(
+    picture("prompt", "p-tuning"),
+    "Both put vectors before the text; P-Tuning makes them with a small network.",
+)
 
 
 # %%
@@ -266,7 +271,7 @@ def with_prompt(model, tokens, P):
     return model.head(model.norm(x[:, len(P) :]))
 
 
-model = prompt_tuning(fresh(), 16)
+model = tuning.prompt_tuning(fresh(), 16)
 words = torch.tensor([[11, 42, 7]]).expand(4, -1)  # any three tokens
 with torch.no_grad():
     assert torch.allclose(with_prompt(model, text, model.prompt_tuning.embeddings), model(text), atol=1e-3)
@@ -295,20 +300,18 @@ explore.predict(
 
 # %%
 E = nn.Parameter(torch.randn(16, 100))
-encoder = nn.Sequential(
-    nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100)
-)
-theirs = p_tuning(fresh(), 16)
+encoder = nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100))
+theirs = tuning.p_tuning(fresh(), 16)
 encoder.load_state_dict(theirs.p_tuning.mlp.state_dict())
 E.data.copy_(theirs.p_tuning.embedding.weight)
 with torch.no_grad():
     P = encoder(E)
     before_folding = theirs(text)
     assert torch.allclose(with_prompt(fresh(), text, P), before_folding, atol=1e-3)
-    while_training = sum(each.numel() for each in trained(theirs).values())
-    folded = fold_p_tuning(theirs)  # P itself in the encoder's place
+    while_training = tuning.trained_parameters(theirs)
+    folded = tuning.fold_p_tuning(theirs)  # P itself in the encoder's place
     assert torch.allclose(folded(text), before_folding, atol=1e-4)
-afterwards = sum(each.numel() for each in trained(folded).values())
+afterwards = tuning.trained_parameters(folded)
 print(f"trained: {while_training:,}; stored: {afterwards:,}")
 assert while_training == 16 * 100 + 3 * (100 * 100 + 100) == 31_900 and afterwards == 1_600
 
@@ -319,11 +322,14 @@ assert while_training == 16 * 100 + 3 * (100 * 100 + 100) == 31_900 and afterwar
 # keep of such tokens, its keys and values: every token of the text attends to $[P_K; K]$ and $[P_V; V]$.
 
 # %%
-plots.show(picture("prefix"), "Prefix tuning trains keys and values that stand before those of the text, in each layer.")
+plots.show(
+    picture("prefix"),
+    "Prefix tuning trains keys and values that stand before those of the text, in each layer.",
+)
 
 
 # %%
-def attend(attention, x, P_K, P_V):
+def prefix_attention(attention, x, P_K, P_V):
     """Attention of x (batch, time, width) to itself and to a prefix (heads, k, width / heads)."""
     time, k = x.shape[1], P_K.shape[1]
     place = lambda y: attention.turn(attention.by_head(y), start=k)  # positions are shifted by k
@@ -337,21 +343,22 @@ def attend(attention, x, P_K, P_V):
 def with_prefix(model, tokens, prefix):
     x = model.embedding(tokens)
     for block, (P_K, P_V) in zip(model.blocks, prefix, strict=True):
-        x = x + attend(block.attention, block.attention_norm(x), P_K, P_V)
+        x = x + prefix_attention(block.attention, block.attention_norm(x), P_K, P_V)
         x = x + block.mlp(block.mlp_norm(x))
     return model.head(model.norm(x))
 
 
 # %%
-model = prefix_tuning(fresh(), 16)
-values = model.prefix_tuning.values.view(16, 12, 5, 20).permute(1, 2, 0, 3)  # (keys, values of each layer; head, token, …)
+model = tuning.prefix_tuning(fresh(), 16)
+# (token, keys and values of each layer, head, numbers) → (keys and values of each layer, head, token, numbers)
+values = model.prefix_tuning.values.view(16, 12, 5, 20).permute(1, 2, 0, 3)
 with torch.no_grad():
     ours = with_prefix(fresh(), text, list(zip(values[0::2], values[1::2], strict=True)))
     assert torch.allclose(ours, model(text), atol=1e-3)
-    like_words = prefix_tuning(fresh(), 3, init=words[0].tolist())
+    like_words = tuning.prefix_tuning(fresh(), 3, init=words[0].tolist())
     assert torch.allclose(like_words(text), after_words, atol=1e-3)
 print("the same logits; and keys and values of real words do what these words do before the text")
-assert sum(each.numel() for each in trained(model).values()) == 2 * 6 * 16 * 100
+assert tuning.trained_parameters(model) == 2 * 6 * 16 * 100
 
 # %% [markdown]
 # The prefix of real words is, again, the same as these words before the text. But a trained prefix can say something else to
@@ -373,14 +380,17 @@ far, near, long = (
 untuned = {row["task"]: row for row in rows if row["method"] == "none"}
 print(f"{'':34}{'trained':>10}{'stored':>10}  of the model")
 tiny = counting.tinylm()
-for method, size in [key for name in NAMES for key in sorted(far, key=str) if key[0] == name]:
+order = sorted(far, key=lambda key: (list(NAMES).index(key[0]), key[1] or 0))
+for method, size in order:
     row = far[method, size][0]
     if method.startswith("lora"):
         paper = counting.trained(tiny, "lora", size, "all" if "everywhere" in method else "linear")
     else:
         paper = counting.trained(tiny, method, size=size)
     assert (paper.parameters, paper.stored) == (row["trained"], row["stored"])
-    print(f"{called(method, size):34}{paper.parameters:10,}{paper.stored:10,}  {paper.stored / 2_728_000:.2%}")
+    print(
+        f"{called(method, size):34}{paper.parameters:10,}{paper.stored:10,}  {paper.stored / 2_728_000:.2%}"
+    )
 assert all(far[method, size] for method, size in ONE_SIZE.items())
 
 # %% [markdown]
@@ -390,7 +400,9 @@ assert all(far[method, size] for method, size in ONE_SIZE.items())
 
 # %%
 budget = counting.trained(tiny, "lora", 4, "linear").parameters
-print(f"LoRA, r = 4: {budget:,} numbers; as a prompt that is {budget // 100} tokens, as a prefix {budget // 1200}")
+print(
+    f"LoRA, r = 4: {budget:,} numbers; as a prompt that is {budget // 100} tokens, as a prefix {budget // 1200}"
+)
 assert budget == 43_200 and budget // 100 == 432 > 256 and budget // 1200 == 36
 
 # %% [markdown]
@@ -481,7 +493,7 @@ plots.quality_against(
     axes, curves, looks, also, xlabel="numbers stored (hollow: trained)", ylabel="test loss, nats a token"
 )
 plots.mark_level(axes, untuned["far"]["test"], "before tuning")
-figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+legend_beside(figure, axes)
 loss = {key: mean([row["test"] for row in runs]) for key, runs in far.items()}
 assert loss["lora", 1] < loss["p-tuning", 64] - 0.1
 assert min(loss, key=loss.get)[0] in ("full", "lora everywhere")
@@ -569,13 +581,18 @@ for method, (_, repeats) in by_method(far, y="code").items():
     with plots.style():
         axes.plot(gains, lost, LOOKS[method][1], color=LOOKS[method][0], linestyle="-", label=NAMES[method])
 axes.set(xlabel="gained on docstrings, nats a token", ylabel="lost on code, nats a token")
-figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+legend_beside(figure, axes)
 code = {key: mean([row["code"] for row in runs]) - untuned["far"]["code"] for key, runs in far.items()}
 gained = {key: untuned["far"]["test"] - loss[key] for key in far}
 together = rank_correlation([gained[key] for key in far], [code[key] for key in far])
-print(f"rank correlation of what is gained and what is lost: {together:.2f} over {len(far)} methods and sizes")
+print(
+    f"rank correlation of what is gained and what is lost: {together:.2f} over {len(far)} methods and sizes"
+)
 assert all(value > 0 for value in code.values())
-plots.show(figure, f"Every method loses on code; with what it gains on docstrings the rank correlation is {together:.2f}.")
+plots.show(
+    figure,
+    f"Every method loses on code; with what it gains on docstrings the rank correlation is {together:.2f}.",
+)
 
 # %% [markdown]
 # NUMBER (forgetting).
@@ -591,17 +608,21 @@ plots.show(figure, f"Every method loses on code; with what it gains on docstring
 # %% tags=["nbval-ignore-output"]
 both_tasks = [method for method, size in ONE_SIZE.items() if (method, size) in near]
 loss_near = {m: mean([row["test"] for row in near[m, ONE_SIZE[m]]]) for m in both_tasks}
-whole = {"far": untuned["far"]["test"] - loss["full", None], "near": untuned["near"]["test"] - loss_near["full"]}
+whole = {"far": gained["full", None], "near": untuned["near"]["test"] - loss_near["full"]}
 shares = {
     "far": {NAMES[m]: gained[m, ONE_SIZE[m]] / whole["far"] for m in both_tasks},
     "near": {NAMES[m]: (untuned["near"]["test"] - loss_near[m]) / whole["near"] for m in both_tasks},
 }
-print(f"full tuning gains {whole['far']:.2f} nats a token on the far task, {whole['near']:.2f} on the near one")
+print(
+    f"full tuning gains {whole['far']:.2f} nats a token on the far task, {whole['near']:.2f} on the near one"
+)
 figure, axes = plots.subplots(size=(7.2, 3.6))
 plots.paired_bars(axes, shares, xlabel="share of full tuning's gain")
 axes.set_xlim(min(0, *shares["near"].values(), *shares["far"].values()), 1.3 * max(shares["near"].values()))
 assert whole["near"] < whole["far"] / 2 and set(both_tasks) == set(ONE_SIZE)
-plots.show(figure, "What each method gains, as a share of what full tuning gains, on the far and on the near task.")
+plots.show(
+    figure, "What each method gains, as a share of what full tuning gains, on the far and on the near task."
+)
 
 # %% [markdown]
 # NUMBER (near task: methods that barely move the model).
@@ -628,7 +649,7 @@ explore.predict(
 
 # %%
 def measure(model, tokens):
-    """Bytes that one training step holds, read off the live tensors: gradients, Adam's state, activations."""
+    """Bytes of gradients, Adam's state and activations of one training step, read off the live tensors."""
     own = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers(), tokens]}
     kept = {}
 
@@ -643,8 +664,9 @@ def measure(model, tokens):
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     numbers = [each for each in model.parameters() if each.requires_grad]
-    adam = sum(8 * each.numel() + 4 for each in numbers)  # two float32 for each number, a counter for each tensor
-    return 4 * sum(each.numel() for each in numbers), adam, sum(each.nbytes() for each in kept.values())
+    gradients = 4 * sum(each.numel() for each in numbers)
+    adam = 2 * gradients + 4 * len(numbers)  # two float32 for each number, a counter for each tensor
+    return gradients, adam, sum(each.nbytes() for each in kept.values())
 
 
 def on_paper(method, size):
@@ -666,7 +688,8 @@ for method, size in ONE_SIZE.items():
     measured = (paper.weights + gradients + adam + activations) / 1e6
     print(f"{called(method, size):28}{parts}{paper.total / 1e6:8.1f}{measured:11.1f}")
 more_than_p = memory["lora"] / memory["p-tuning"] - 1
-print(f"LoRA needs {more_than_p:.0%} more than P-Tuning, and full tuning {memory['full'] / memory['lora'] - 1:.0%} more than LoRA")
+more_than_lora = memory["full"] / memory["lora"] - 1
+print(f"LoRA needs {more_than_p:.0%} more than P-Tuning, and full tuning {more_than_lora:.0%} more than LoRA")
 assert 0.1 < more_than_p < 0.2 and memory["bitfit"] < memory["lora"] < memory["full"]
 
 # %% [markdown]
@@ -729,7 +752,7 @@ def used(method, size, merged=True):
     with torch.no_grad():
         for parameter in trained(model).values() if method != "full" else ():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-        ways = {"lora": merge_lora, "ia3": fold_ia3, "p-tuning": fold_p_tuning}
+        ways = {"lora": merge_lora, "ia3": tuning.fold_ia3, "p-tuning": tuning.fold_p_tuning}
         expected = model(text[:, :64])
         model = ways[method](model) if merged and method in ways else model
         assert torch.allclose(model(text[:, :64]), expected, atol=1e-2)
@@ -739,7 +762,10 @@ def used(method, size, merged=True):
 # %% tags=["nbval-ignore-output"]
 models = {called(method, size): used(method, size) for method, size in ONE_SIZE.items()}
 models["the base"] = models.pop("full tuning")  # of the same layers
-models |= {"LoRA, r = 4, not merged": used("lora", 4, merged=False), "prompt tuning, k = 64": used("prompt", 64)}
+models |= {
+    "LoRA, r = 4, not merged": used("lora", 4, merged=False),
+    "prompt tuning, k = 64": used("prompt", 64),
+}
 
 
 @torch.no_grad()
@@ -766,11 +792,9 @@ for method, size in ONE_SIZE.items():
     nothing_left = sum(each.numel() for each in model.parameters()) == 2_728_000 and model.context == 256
     virtual_tokens = 256 - model.context
     same += [method] if nothing_left else []
-    left = "nothing" if nothing_left else f"{virtual_tokens} places of the context" if virtual_tokens else "layers"
-    print(f"{called(method, size):28} left when used: {left}")
+    left = f"{virtual_tokens} places of the context" if virtual_tokens else "layers"
+    print(f"{called(method, size):28} left when used: {'nothing' if nothing_left else left}")
 assert same == ["full", "lora", "bitfit", "ia3"]
-merged = used("lora", 4)
-print("after merging, layers that still have an A and a B:", sum(not each.merged for each in lora_layers(merged).values()))
 
 # %% [markdown]
 # **So LoRA is not an added layer.** It is added while it trains, and is gone when it is used. Bottleneck adapters stay; each virtual token
@@ -792,8 +816,11 @@ prices = {
     "time of a step": seconds,
     "time of a token": in_use,
 }
-units = dict(zip(prices, ["numbers stored", "numbers trained", "MB of a training step, predicted", "", ""], strict=True))
-units |= {"time of a step": "a step, times full tuning's", "time of a token": "a token, times the base's"}
+units = {
+    "training memory": "MB of a training step, predicted",
+    "time of a step": "a step, times full tuning's",
+    "time of a token": "a token, times the base's",
+}
 texts = {
     "docstrings": shorter,
     "code": {method: code[method, size] + untuned["far"]["code"] for method, size in ONE_SIZE.items()},
@@ -817,7 +844,7 @@ six = ["full", "lora", "ia3", "prefix", "prompt", "p-tuning"]
 print(f"{'':16}accuracy     trained      stored   GB of the GPU   minutes")
 for method in six:
     run = published[method]
-    stored = run["file_bytes"] // (2 if method == "full" else 4)  # adapters are in float32, the model in bfloat16
+    stored = run["file_bytes"] // (2 if method == "full" else 4)  # the model in bfloat16, adapters in float32
     print(
         f"{NAMES[method]:16}{run['accuracy']:8.1%}{run['trained']:14,}{stored:14,}"
         f"{run['memory'] / 1e9:12.1f}{run['seconds'] / 60:12.1f}"
@@ -841,8 +868,11 @@ for one, other in (("lora", "full"), ("lora", "p-tuning"), ("lora", "ia3"), ("p-
     difference = published[one]["accuracy"] - published[other]["accuracy"]
     errors = difference / apart(published[one], published[other])
     print(f"{NAMES[one]} − {NAMES[other]:14} {difference:+6.1%}, {abs(errors):.1f} standard errors")
-assert published["lora"]["accuracy"] - published["full"]["accuracy"] < apart(published["lora"], published["full"])
-assert published["lora"]["accuracy"] - published["p-tuning"]["accuracy"] > 6 * error(0.5)
+ahead = lambda other: published["lora"]["accuracy"] - published[other]["accuracy"]
+assert 0.006 < ahead("full") < 0.5 * apart(published["lora"], published["full"])
+assert 0.128 < ahead("p-tuning") < 0.13 and ahead("p-tuning") > 6 * apart(
+    published["lora"], published["p-tuning"]
+)
 
 # %% [markdown]
 # LoRA and full tuning cannot be told apart by this table (0.7 percentage points, half a standard error), LoRA and P-Tuning can (12.9 points).
@@ -878,24 +908,26 @@ explore.predict(
 # ### Do the two tables agree?
 #
 # The six methods by quality, by memory and by time of a training step: ours (TinyLM, the far task, each method at its best size
-# by test loss) against theirs. The rank correlation is 1 for the same order, −1 for the reverse; $p$ is the share of all 720
+# by validation loss) against theirs. The rank correlation is 1 for the same order, −1 for the reverse; $p$ is the share of all 720
 # ways to pair the two whose correlation is as strong.
 
 # %% tags=["nbval-ignore-output"]
-sizes_of = {m: min((key for key in far if key[0] == m), key=lambda key: mean([r["validation"] for r in far[key]])) for m in six}
+on_validation = {key: mean([row["validation"] for row in runs]) for key, runs in far.items()}
+best_of = {m: min((key for key in far if key[0] == m), key=on_validation.get) for m in six}
 theirs = {what: [published[m][what] for m in six] for what in ("accuracy", "memory", "seconds")}
 ours = {
-    "accuracy": [-loss[sizes_of[m]] for m in six],
+    "accuracy": [-loss[best_of[m]] for m in six],
     "memory": [memory[m] for m in six],
     "seconds": [seconds[m] for m in six],
 }
-agreement = {what: (rank_correlation(ours[what], theirs[what]), permutation_p(ours[what], theirs[what])) for what in ours}
-for what, (correlation, p) in agreement.items():
+agreement = {what: rank_correlation(ours[what], theirs[what]) for what in ours}
+for what, correlation in agreement.items():
+    p = permutation_p(ours[what], theirs[what])
     print(f"{what:10} rank correlation {correlation:+.2f}, p = {p:.3f}")
-by_quality = lambda values: ", ".join(NAMES[m] for _, m in sorted(zip(values, six, strict=True), reverse=True))
-print("ours, the best first:  ", by_quality(ours["accuracy"]))
-print("theirs, the best first:", by_quality(theirs["accuracy"]))
-assert agreement["accuracy"][0] > 0.5
+for whose, of in (("ours", ours), ("theirs", theirs)):
+    order = sorted(six, key=dict(zip(six, of["accuracy"], strict=True)).get, reverse=True)
+    print(f"{whose}, the best first: {', '.join(NAMES[m] for m in order)}")
+assert agreement["accuracy"] > 0.5
 
 # %% [markdown]
 # NUMBER (agreement; what differs and why).
@@ -916,14 +948,17 @@ print(
     f"  {share_of(('lora', 4)):.0%} and {share_of(('p-tuning', 64)):.0%} of full tuning's gain; after 400 steps (k = 16) "
     f"{longer['lora']:.2f} and {longer['p-tuning']:.2f}"
 )
-print(f"  memory of a training step: LoRA {more_than_p:.0%} more; a token afterwards: {in_use['lora']:.2f} against {in_use['p-tuning']:.2f}")
+print(f"  memory of a training step: LoRA {more_than_p:.0%} more")
+print(f"  a token afterwards, times the base's: {in_use['lora']:.2f} against {in_use['p-tuning']:.2f}")
 lora, p = published["lora"], published["p-tuning"]
 print(
     f"Llama-3.2-3B, one seed: {lora['accuracy']:.1%} against {p['accuracy']:.1%}; memory {lora['memory'] / p['memory'] - 1:+.1%}, "
     f"time {lora['seconds'] / p['seconds'] - 1:+.1%}"
 )
 assert better > 0.2 and loss["lora", 1] < loss["p-tuning", 64] and longer["lora"] < longer["p-tuning"]
-assert abs(lora["memory"] / p["memory"] - 1.066) < 0.001 and abs(lora["seconds"] / p["seconds"] - 1.031) < 0.001
+assert (
+    abs(lora["memory"] / p["memory"] - 1.066) < 0.001 and abs(lora["seconds"] / p["seconds"] - 1.031) < 0.001
+)
 
 # %% [markdown]
 # **The answer.** Yes to the first half, in both tables and by more than chance: NUMBER. Yes to the second half, and by little: a training step of LoRA takes 16 % more
