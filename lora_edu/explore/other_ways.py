@@ -84,7 +84,7 @@ def methods_and_sizes(
 
     runs: (method, size) → rows at the tuned rate, one a seed; before: the untuned model's row. Losses in nats a token.
     """
-    order = [key for method in NAMES for key in runs if key[0] == method]
+    order = sorted(runs, key=lambda key: (list(NAMES).index(key[0]), runs[key][0]["stored"]))
     series = by_method(runs)
     losses = [loss for _, repeats in series.values() for values in repeats for loss in values]
     low, high = min(losses), max(*losses, before["test"])
