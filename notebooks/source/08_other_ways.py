@@ -443,34 +443,38 @@ plots.show(
 )
 
 # %% [markdown]
-# A rate that suits one method can ruin another, and the best rates lie far apart. Which is why a table made with one rate for all
-# compares rates, not methods:
+# The best rates lie far apart, and the valleys differ: LoRA's ends in a wall, where a rate twice the best ruins $r = 16$. P-Tuning's is
+# nearly flat, so that *its* rate cannot be what it lacks. A table made with one rate for all compares rates as well as methods:
 
 # %%
 explore.predict(
-    "Give all methods one and the same learning rate, a usual one for LoRA (0.016). What happens to the order?",
+    "Give all methods one learning rate that suits LoRA, 0.016. To which of them would such a table do the most injustice?",
     {
-        "the order stays": "Some methods lose more than others by it. Compare the two columns below.",
-        "the order changes": "It does if your rate is far from some method's best one, and then the table says who was lucky.",
-        "all fail": "Most of them still learn something at this rate. They just don't get what they could.",
+        "bottleneck adapters": "They like the same rates as LoRA: a hundredth of a nat is lost.",
+        "prefix tuning": "Yes, up to 0.4 nats a token. It wants 16 times the rate, and at LoRA's it looks like prompt tuning.",
+        "P-Tuning": "It does badly, but at every rate: from the worst to the best of 32-fold different ones it is 0.03.",
     },
 )
 
 # %% tags=["nbval-ignore-output"]
 lowest = lambda losses: min(loss for loss in losses.values() if loss is not None)
 at_one_rate = {key: losses[0.016] for key, losses in grids.items() if losses.get(0.016) is not None}
-print(f"{'':34}at 0.016   at its best   lost")
+lost = {key: at_one_rate[key] - lowest(grids[key]) for key in at_one_rate}
+print(f"{'validation loss':34}at 0.016   at its best    lost")
 for key in sorted(at_one_rate, key=at_one_rate.get):
-    lost = at_one_rate[key] - lowest(grids[key])
-    print(f"{called(*key):34}{at_one_rate[key]:8.2f}{lowest(grids[key]):14.2f}{lost:7.2f}")
-order = rank_correlation(list(at_one_rate.values()), [lowest(grids[key]) for key in at_one_rate])
-print(f"rank correlation of the two columns: {order:.2f}, over {len(at_one_rate)} methods and sizes")
-assert max(at_one_rate[key] - lowest(grids[key]) for key in at_one_rate) > 0.1 and order < 1
+    print(f"{called(*key):34}{at_one_rate[key]:8.2f}{lowest(grids[key]):14.2f}{lost[key]:8.2f}")
+highest = lambda losses: max(loss for loss in losses.values() if loss is not None)
+assert max(lost, key=lost.get)[0] == "prefix" and 0.3 < max(lost.values()) < 0.45
+assert lost["bottleneck", 2] < 0.02 and best_rates["prefix", 64] == 16 * 0.016
+assert abs(at_one_rate["prefix", 64] - at_one_rate["prompt", 64]) < 0.05
+assert lowest(grids["prompt", 64]) - lowest(grids["prefix", 64]) > 0.3
+assert highest(grids["p-tuning", 16]) - lowest(grids["p-tuning", 16]) < 0.04
+assert grids["lora", 16][0.032] > lowest(grids["lora", 16]) + 0.5
 
 # %% [markdown]
 # ## 5 · The far task: quality against numbers
 #
-# From code to docstrings. The base has NUMBER nats a token on the test text; full tuning, with all 2 728 000 numbers, is the
+# From code to docstrings. The base has 6.02 nats a token on the test text; full tuning, of all 2 728 000 numbers, ends at 4.51 and is the
 # black star.
 
 # %%
@@ -478,7 +482,7 @@ explore.predict(
     "LoRA at r = 1 trains 10 800 numbers. P-Tuning with 64 tokens trains 36 700. Which has the lower loss after the same 100 "
     "steps?",
     {
-        "LoRA": "Yes, and by far. Look at how far left of the other curves LoRA's reaches the same loss.",
+        "LoRA": "Yes, 5.14 against 5.87. With fewer numbers it has five times the gain.",
         "P-Tuning": "It trains more than three times as many numbers. But they act before the first layer only.",
         "about the same": "The number of numbers is not what decides. Where they act is.",
     },
@@ -495,8 +499,8 @@ plots.quality_against(
 plots.mark_level(axes, untuned["far"]["test"], "before tuning")
 legend_beside(figure, axes)
 loss = {key: mean([row["test"] for row in runs]) for key, runs in far.items()}
-assert loss["lora", 1] < loss["p-tuning", 64] - 0.1
-assert min(loss, key=loss.get)[0] in ("full", "lora everywhere")
+assert abs(untuned["far"]["test"] - 6.018) < 0.002 and abs(loss["full", None] - 4.514) < 0.005
+assert abs(loss["lora", 1] - 5.141) < 0.005 and abs(loss["p-tuning", 64] - 5.87) < 0.01
 plots.show(
     figure,
     f"Far task, 100 steps of 4 × 192 tokens, three seeds: full tuning {loss['full', None]:.2f}, LoRA "
@@ -504,12 +508,32 @@ plots.show(
 )
 
 # %% [markdown]
-# NUMBER (what came out, why): curves of methods that act inside every block lie below those that act before the text.
+# **What came out.** The order follows the *place*, much more than the number of numbers. Of what full tuning gains, LoRA beside the
+# matrices of the blocks has 58 to 75 % ($r = 1$ to 16), bottleneck adapters 47 to 66 %, BitFit and (IA)³ 44 %, prefixes NUMBER to NUMBER %, prompts 9 to
+# 18 %, P-Tuning 7 to 10 %. Four methods have about 6 500 numbers in their files: bottleneck adapters ($m = 2$) and BitFit have lost 0.7 nats
+# a token, a prompt of 64 tokens 0.3, P-Tuning's 0.15.
+#
+# **Why.** A prompt is one more text to read. It can move attention and no weight, so it can only ask the model for what it does already; and
+# this model has learned code, from which docstrings are far. Prefixes say something in each layer, and do better with the same number of
+# tokens. What acts on the stream or on the matrices changes what is computed for each token.
+#
+# LoRA on *all* matrices, embedding and head too, gets to 4.69 with 124 000 numbers, further than on the blocks with 172 800. Four fifths of
+# TinyLM are in these two tables, and a new kind of text has other words; a large model with a smaller share in them need not behave so.
 #
 # A method at a time: where it acts, how many numbers it has, and where it stands.
 
 # %% tags=["nbval-ignore-output"]
+share_of = lambda key: (untuned["far"]["test"] - loss[key]) / (untuned["far"]["test"] - loss["full", None])
+expected = {
+    ("lora", 1): 58, ("lora", 16): 75, ("bottleneck", 2): 47, ("bottleneck", 32): 66, ("bitfit", None): 44,
+    ("ia3", None): 44, ("prompt", 4): 9, ("prompt", 64): 18, ("p-tuning", 16): 7, ("p-tuning", 64): 10,
+}  # fmt: skip
+for key, share in expected.items():
+    assert abs(100 * share_of(key) - share) < 1, (key, share_of(key))
 assert all(len(runs) == 3 for runs in far.values())
+assert loss["lora everywhere", 4] < 4.7 < loss["lora", 16] and share_of(("lora", 1)) > 5 * share_of(
+    ("p-tuning", 64)
+)
 explore.methods_and_sizes(far, untuned["far"])
 
 # %% [markdown]
@@ -529,7 +553,7 @@ close = [
     if loss[other] - loss[one] < max(spread[one], spread[other])
 ]
 print(f"{len(close)} of {len(ranked) - 1} neighbours in this list lie within the spread of their seeds")
-assert loss["p-tuning", 16] - loss["lora", 4] > 3 * max(spread["lora", 4], spread["p-tuning", 16])
+assert max(spread.values()) < 0.06 and loss["p-tuning", 16] - loss["lora", 4] > 15 * max(spread.values())
 
 # %% [markdown]
 # ### Patience
@@ -695,7 +719,9 @@ for method, size in ONE_SIZE.items():
 more_than_p = memory["lora"] / memory["p-tuning"] - 1
 more_than_lora = memory["full"] / memory["lora"] - 1
 print(f"LoRA needs {more_than_p:.0%} more than P-Tuning, and full tuning {more_than_lora:.0%} more than LoRA")
-assert 0.1 < more_than_p < 0.2 and memory["bitfit"] < memory["lora"] < memory["full"]
+lora = on_paper("lora", 4)
+assert 0.15 < more_than_p < 0.165 and lora.gradients + lora.optimiser < 0.6e6
+assert min(memory, key=memory.get) == "bitfit" and 0.95 < memory["ia3"] / memory["lora"] < 1
 
 # %% [markdown]
 # So the note's 'asks more of the graphics card' is right, and it is not the numbers that LoRA trains: these take half a
@@ -854,7 +880,8 @@ for method in six:
         f"{NAMES[method]:16}{run['accuracy']:8.1%}{run['trained']:14,}{stored:14,}"
         f"{run['memory'] / 1e9:12.1f}{run['seconds'] / 60:12.1f}"
     )
-assert published["p-tuning"]["trained"] == 28_382_208 and published["p-tuning"]["file_bytes"] // 4 < 61_500
+assert published["p-tuning"]["trained"] == 28_382_208 > 3 * published["lora"]["trained"]
+assert 0 < published["p-tuning"]["file_bytes"] - 4 * 20 * 3_072 < 200  # the numbers, and a header
 
 # %% [markdown]
 # P-Tuning *trains* 28.4 million numbers, three times as many as this LoRA, and *stores* 61 440: 20 tokens of width 3 072. A
@@ -880,23 +907,29 @@ assert 0.128 < ahead("p-tuning") < 0.13 and ahead("p-tuning") > 6 * apart(
 )
 
 # %% [markdown]
-# LoRA and full tuning cannot be told apart by this table (0.7 percentage points, half a standard error), LoRA and P-Tuning can (12.9 points).
+# LoRA and full tuning cannot be told apart by this table (0.7 percentage points, a third of a standard error), LoRA and P-Tuning can (12.9 points).
 # (The same questions were put to both models, so a paired test would see more; for that one needs the answers, which the table
 # does not have.)
 #
-# **And how much of it is the setting?** Several methods are there more than once. Their runs differ in a rate or an init:
+# **And how much of it is the setting?** Several methods are there more than once. Their runs differ in the rate, the start or the matrices:
 
 # %%
-kinds_of = {"prompt": "prompt_tuning", "prefix": "prefixtuning", "ia3": "ia3"}
-for method, name in kinds_of.items():
-    found = sorted(run["accuracy"] for run in table if run["method"] == name)
-    print(f"{NAMES[method]:16} {len(found)} runs, from {found[0]:.1%} to {found[-1]:.1%}")
-    assert found[-1] - found[0] > 0.14
-assert published["prefix"]["accuracy"] - published["p-tuning"]["accuracy"] < 0.07
+for method, name in {"prompt": "prompt_tuning", "prefix": "prefixtuning", "ia3": "ia3"}.items():
+    found = {
+        run["run"].removeprefix("llama-3.2-3B-"): run["accuracy"] for run in table if run["method"] == name
+    }
+    print(f"{NAMES[method]:16}", ", ".join(f"{run} {accuracy:.1%}" for run, accuracy in found.items()))
+    assert len(found) == 3 and max(found.values()) - min(found.values()) > 0.14
+accuracies = sorted(run["accuracy"] for run in table if run["method"] == "prompt_tuning")
+assert (
+    accuracies == [0.0569, 0.2343, 0.3434]
+    and published["prefix"]["accuracy"] - published["p-tuning"]["accuracy"] < 0.07
+)
 
 # %% [markdown]
-# One method's settings are further apart than most pairs of methods. Prompt tuning's worst run differs from its
-# best in its start and its rate, and falls from 34.3 % to 5.7 %. So 'prompt tuning is bad' and 'prompt tuning was not tuned' look the same in a table with one run.
+# One method's settings lie further apart than most pairs of methods. Prompt tuning gets 5.7 % as PEFT sets it, 23.4 % at another rate, and
+# 34.3 % when it also starts from words of the vocabulary. In a table with one run 'prompt tuning is bad' and 'prompt tuning was not tuned'
+# look the same. (And the best of three runs, chosen by the accuracy that is then shown, flatters a method a little.)
 
 # %%
 explore.predict(
@@ -946,7 +979,6 @@ assert agreement["accuracy"] > 0.5
 
 # %% tags=["nbval-ignore-output"]
 better = loss["p-tuning", 64] - loss["lora", 4]
-share_of = lambda key: gained[key] / whole["far"]
 print(
     f"TinyLM, code → docstrings, 100 steps of 4 × 192 tokens, three seeds: LoRA (r = 4) {loss['lora', 4]:.2f}, P-Tuning "
     f"(k = 64) {loss['p-tuning', 64]:.2f} nats a token,\n"
