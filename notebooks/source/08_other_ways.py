@@ -32,7 +32,7 @@ from lora_edu.data import counterparts, load_checkpoint, load_corpus, load_metho
 from lora_edu.data.runs import method_grid, method_runs, tuned_method
 from lora_edu.exercises import chapter_08 as exercises
 from lora_edu.explore.other_ways import ACTS_ON, LOOKS, NAMES, SIZE, by_method, called
-from lora_edu.lora import merge_lora
+from lora_edu.lora import remove_lora
 from lora_edu.recording.methods import ONE_SIZE, apply
 from lora_edu.resampling import permutation_p, rank_correlation
 from lora_edu.tinylm import TinyLM
@@ -776,6 +776,13 @@ explore.predict(
 
 
 # %%
+FOLD = {
+    "lora": lambda model: remove_lora(model, merge=True),
+    "ia3": tuning.fold_ia3,
+    "p-tuning": tuning.fold_p_tuning,
+}
+
+
 def used(method, size, merged=True):
     """A tuned model as it is used: its numbers moved as if trained, and made part of the weights where that is possible."""
     model = apply(fresh(), method, size).eval()
@@ -783,9 +790,9 @@ def used(method, size, merged=True):
     with torch.no_grad():
         for parameter in trained(model).values() if method != "full" else ():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-        ways = {"lora": merge_lora, "ia3": tuning.fold_ia3, "p-tuning": tuning.fold_p_tuning}
         expected = model(text[:, :64])
-        model = ways[method](model) if merged and method in ways else model
+        if merged and method in FOLD:
+            FOLD[method](model)
         assert torch.allclose(model(text[:, :64]), expected, atol=1e-2)
     return model
 
@@ -816,7 +823,6 @@ assert 0.8 < each_token["LoRA, r = 4"] < 1.25 and each_token["bottleneck adapter
 # not a matter of a clock:
 
 # %%
-kinds = lambda model: [type(each).__name__ for each in model.modules()]
 same = []
 for method, size in ONE_SIZE.items():
     model = used(method, size)
