@@ -482,7 +482,7 @@ explore.predict(
     "LoRA at r = 1 trains 10 800 numbers. P-Tuning with 64 tokens trains 36 700. Which has the lower loss after the same 100 "
     "steps?",
     {
-        "LoRA": "Yes, 5.14 against 5.87. With fewer numbers it has five times the gain.",
+        "LoRA": "Yes, 5.14 against 5.87. With fewer numbers it has six times the gain.",
         "P-Tuning": "It trains more than three times as many numbers. But they act before the first layer only.",
         "about the same": "The number of numbers is not what decides. Where they act is.",
     },
@@ -509,16 +509,20 @@ plots.show(
 
 # %% [markdown]
 # **What came out.** The order follows the *place*, much more than the number of numbers. Of what full tuning gains, LoRA beside the
-# matrices of the blocks has 58 to 75 % ($r = 1$ to 16), bottleneck adapters 47 to 66 %, BitFit and (IA)³ 44 %, prefixes NUMBER to NUMBER %, prompts 9 to
-# 18 %, P-Tuning 7 to 10 %. Four methods have about 6 500 numbers in their files: bottleneck adapters ($m = 2$) and BitFit have lost 0.7 nats
-# a token, a prompt of 64 tokens 0.3, P-Tuning's 0.15.
+# matrices of the blocks has 58 to 75 % ($r = 1$ to 16), bottleneck adapters 47 to 66 %, BitFit and (IA)³ 44 %, prefixes 32 to 44 %,
+# prompts 7 to 18 %, P-Tuning 7 to 10 %. At 6 000 to 6 700 numbers stored: a bottleneck of $m = 2$ has gained 0.71 nats a token, BitFit 0.66,
+# a prompt of 64 tokens 0.27, P-Tuning with as many 0.15. (IA)³ is where BitFit is, with half the numbers. All this is TinyLM, 100 steps of 4 × 192
+# tokens, three seeds.
 #
 # **Why.** A prompt is one more text to read. It can move attention and no weight, so it can only ask the model for what it does already; and
 # this model has learned code, from which docstrings are far. Prefixes say something in each layer, and do better with the same number of
 # tokens. What acts on the stream or on the matrices changes what is computed for each token.
 #
-# LoRA on *all* matrices, embedding and head too, gets to 4.69 with 124 000 numbers, further than on the blocks with 172 800. Four fifths of
+# LoRA on *all* matrices, embedding and head too, gets to 4.70 with 124 000 numbers, further than on the blocks with 172 800. Four fifths of
 # TinyLM are in these two tables, and a new kind of text has other words; a large model with a smaller share in them need not behave so.
+#
+# P-Tuning is *behind* prompt tuning here at both lengths, 5.91 against 5.84 and 5.87 against 5.74. Its network was meant to make training easier, and
+# its file is the same. But this prompt starts as words, and P-Tuning's tokens start as what an untrained network gives.
 #
 # A method at a time: where it acts, how many numbers it has, and where it stands.
 
@@ -526,10 +530,18 @@ plots.show(
 share_of = lambda key: (untuned["far"]["test"] - loss[key]) / (untuned["far"]["test"] - loss["full", None])
 expected = {
     ("lora", 1): 58, ("lora", 16): 75, ("bottleneck", 2): 47, ("bottleneck", 32): 66, ("bitfit", None): 44,
-    ("ia3", None): 44, ("prompt", 4): 9, ("prompt", 64): 18, ("p-tuning", 16): 7, ("p-tuning", 64): 10,
+    ("ia3", None): 44, ("prefix", 4): 32, ("prefix", 64): 44, ("prompt", 4): 7, ("prompt", 64): 18,
+    ("p-tuning", 16): 7, ("p-tuning", 64): 10,
 }  # fmt: skip
 for key, share in expected.items():
-    assert abs(100 * share_of(key) - share) < 1, (key, share_of(key))
+    assert abs(100 * share_of(key) - share) < 0.8, (key, share_of(key))
+for key, gain in {
+    ("bottleneck", 2): 0.71,
+    ("bitfit", None): 0.66,
+    ("prompt", 64): 0.27,
+    ("p-tuning", 64): 0.15,
+}.items():
+    assert abs(untuned["far"]["test"] - loss[key] - gain) < 0.006 and 6_000 < far[key][0]["stored"] < 6_800
 assert all(len(runs) == 3 for runs in far.values())
 assert loss["lora everywhere", 4] < 4.7 < loss["lora", 16] and share_of(("lora", 1)) > 5 * share_of(
     ("p-tuning", 64)
@@ -553,6 +565,8 @@ close = [
     if loss[other] - loss[one] < max(spread[one], spread[other])
 ]
 print(f"{len(close)} of {len(ranked) - 1} neighbours in this list lie within the spread of their seeds")
+for k, one, other in ((16, 5.91, 5.84), (64, 5.87, 5.74)):
+    assert abs(loss["p-tuning", k] - one) < 0.006 and abs(loss["prompt", k] - other) < 0.006
 assert max(spread.values()) < 0.06 and loss["p-tuning", 16] - loss["lora", 4] > 15 * max(spread.values())
 
 # %% [markdown]
@@ -613,21 +627,26 @@ axes.set(xlabel="gained on docstrings, nats a token", ylabel="lost on code, nats
 legend_beside(figure, axes)
 code = {key: mean([row["code"] for row in runs]) - untuned["far"]["code"] for key, runs in far.items()}
 gained = {key: untuned["far"]["test"] - loss[key] for key in far}
-together = rank_correlation([gained[key] for key in far], [code[key] for key in far])
-print(
-    f"rank correlation of what is gained and what is lost: {together:.2f} over {len(far)} methods and sizes"
-)
-assert all(value > 0 for value in code.values())
+a_nat = {key: code[key] / gained[key] for key in far}  # lost on code for each nat gained
+for key in sorted(a_nat, key=a_nat.get):
+    print(f"{called(*key):34}lost on code for each nat gained: {a_nat[key]:.2f}")
+of = lambda method: [a_nat[key] for key in far if key[0] == method]
+assert max(*of("lora"), *of("lora everywhere")) < 0.61 < 0.7 < min(*of("full"), *of("bottleneck"))
+assert max(*of("full"), *of("bottleneck")) < 0.74 < 0.88 < min(*of("bitfit"), *of("ia3")) < 0.92
+assert min(*of("prompt"), *of("p-tuning"), *of("prefix")) > 1
 plots.show(
     figure,
-    f"Every method loses on code; with what it gains on docstrings the rank correlation is {together:.2f}.",
+    f"What is lost on code against what is gained on docstrings: for each nat gained LoRA loses {min(of('lora')):.2f} to "
+    f"{max(of('lora')):.2f}, full tuning {of('full')[0]:.2f}, prompt tuning {min(of('prompt')):.2f} to {max(of('prompt')):.2f}.",
 )
 
 # %% [markdown]
-# NUMBER (forgetting).
+# **Those that gain least lose most for it.** For each nat gained on docstrings, LoRA loses 0.5 to 0.6 nats on code, full tuning and bottleneck
+# adapters 0.7, BitFit and (IA)³ 0.9, and prompts, P-Tuning and prefixes more than 1, each at the rate that was best for docstrings. Whatever
+# stands before the text is there for every text, code or not.
 #
-# A prompt can be taken away again, and so can every method here: without it the model is the base, which has forgotten nothing.
-# What is measured is the model *with* the method on it.
+# (And taken off again, it is there no more: without its prompt, adapter or file each of these models is the base, which has forgotten nothing. What is
+# measured is the model with the method on it.)
 #
 # ## 6 · The near task
 #
@@ -971,10 +990,22 @@ for what, correlation in agreement.items():
 for whose, of in (("ours", ours), ("theirs", theirs)):
     order = sorted(six, key=dict(zip(six, of["accuracy"], strict=True)).get, reverse=True)
     print(f"{whose}, the best first: {', '.join(NAMES[m] for m in order)}")
-assert agreement["accuracy"] > 0.5
+assert (
+    abs(agreement["accuracy"] - 31 / 35) < 1e-9
+    and permutation_p(ours["accuracy"], theirs["accuracy"]) < 0.035
+)
+assert abs(agreement["memory"] - 5 / 7) < 1e-9 and published["prompt"]["trained"] == 200 * 3_072
+assert published["lora"]["trained"] == 28 * 32 * ((3_072 + 3_072) + (3_072 + 1_024))  # query and value
+one, other = published["p-tuning"], published["prompt"]
+assert abs(one["accuracy"] - other["accuracy"]) < 0.4 * apart(one, other)
 
 # %% [markdown]
-# NUMBER (agreement; what differs and why).
+# **In quality they agree**: rank correlation 0.89, $p = 0.03$. The two orders differ in two pairs of neighbours, LoRA and full tuning, prompt tuning and
+# P-Tuning; and these are the pairs that their table cannot tell apart (a third of a standard error each). A model a thousand times as
+# large, another task, fifty times the steps: and yet the same order, from those that change what is computed to those that speak before the text.
+#
+# **In memory less**: 0.71, $p = 0.14$, which is what chance often gives. There prompt tuning has 200 virtual tokens, and a virtual token costs memory
+# as text does; here it has 16. And their LoRA sits on two matrices a layer, ours on six. So memory depends on how a method is used, more than on its name.
 #
 # What such a test can say is little: that two orders of six have something to do with each other. It says nothing of a seventh
 # method, and nothing of how large a difference is.
