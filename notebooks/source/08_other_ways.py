@@ -543,9 +543,8 @@ for key, gain in {
 }.items():
     assert abs(untuned["far"]["test"] - loss[key] - gain) < 0.006 and 6_000 < far[key][0]["stored"] < 6_800
 assert all(len(runs) == 3 for runs in far.values())
-assert loss["lora everywhere", 4] < 4.7 < loss["lora", 16] and share_of(("lora", 1)) > 5 * share_of(
-    ("p-tuning", 64)
-)
+assert abs(loss["lora everywhere", 4] - 4.695) < 0.005 and loss["lora", 16] > 4.88
+assert 5.9 < share_of(("lora", 1)) / share_of(("p-tuning", 64)) < 6.2
 explore.methods_and_sizes(far, untuned["far"])
 
 # %% [markdown]
@@ -738,8 +737,8 @@ for method, size in ONE_SIZE.items():
 more_than_p = memory["lora"] / memory["p-tuning"] - 1
 more_than_lora = memory["full"] / memory["lora"] - 1
 print(f"LoRA needs {more_than_p:.0%} more than P-Tuning, and full tuning {more_than_lora:.0%} more than LoRA")
-lora = on_paper("lora", 4)
-assert 0.15 < more_than_p < 0.165 and lora.gradients + lora.optimiser < 0.6e6
+of_lora = on_paper("lora", 4)
+assert 0.15 < more_than_p < 0.165 and of_lora.gradients + of_lora.optimiser < 0.6e6
 assert min(memory, key=memory.get) == "bitfit" and 0.95 < memory["ia3"] / memory["lora"] < 1
 
 # %% [markdown]
@@ -773,12 +772,12 @@ steps = {method: step(apply(fresh().train(), method, size)) for method, size in 
 seconds = timing.ratios(timing.in_turns(steps, repeats=5), to="full")
 for method in sorted(seconds, key=seconds.get):
     print(f"a step of {called(method, ONE_SIZE[method]):28} {seconds[method]:.2f} times one of full tuning")
-assert all(0.3 < ratio < 2 for ratio in seconds.values())
+assert 0.5 < seconds["prompt"] < 0.85 and seconds["prompt"] < seconds["lora"] < 1
 
 # %% [markdown]
-# A step does not become ten times faster because a hundredth of the numbers is trained. The forward pass is there, and
-# the backward pass has to reach the first thing that is trained; only the gradients of the frozen matrices are saved, a third of
-# the work at most.
+# Training a thousandth of the numbers does not make a step a thousand times faster. The forward pass stays, and the backward pass still has to
+# reach the first thing that is trained; saved are the gradients of the frozen matrices and the optimiser's work, together about a third. LoRA
+# saves half of that: its thin products are many, and each wants starting.
 #
 # And afterwards?
 
@@ -864,7 +863,7 @@ assert same == ["full", "lora", "bitfit", "ia3"]
 
 # %% tags=["nbval-ignore-output"]
 numbers = {what: {m: far[m, s][0][what] for m, s in ONE_SIZE.items()} for what in ("stored", "trained")}
-in_use = {m: each_token["the base" if m == "full" else called(m, s)] for m, s in ONE_SIZE.items()}
+in_use = {m: 1.0 if m in same else each_token[called(m, s)] for m, s in ONE_SIZE.items()}  # the same layers
 prices = {
     "numbers stored": numbers["stored"],
     "numbers trained": numbers["trained"],
@@ -883,10 +882,23 @@ texts = {
     "the near task": loss_near,
 }
 assert all(set(each) == set(ONE_SIZE) for each in (*prices.values(), *texts.values()))
-explore.price_and_quality(prices, texts, units)
+fronts = explore.price_and_quality(prices, texts, units)
+front = lambda price, text: fronts.pictures[price, text].sentence.partition(" Beaten: ")[0]
+numbers_and_memory = [front(price, "docstrings") for price in list(prices)[:3]]
+assert not any("P-Tuning" in each for each in numbers_and_memory) and all(
+    "LoRA" in each for each in numbers_and_memory
+)
+named = [NAMES[m] for m in ONE_SIZE if NAMES[m] in numbers_and_memory[2]]
+assert named == ["full tuning", "LoRA", "bottleneck adapters", "BitFit"]
+assert "Not beaten: full tuning (4.51)." in front("time of a token", "docstrings")
+assert "Not beaten: P-Tuning (3.86)." in front("numbers stored", "code")
+fronts
 
 # %% [markdown]
-# NUMBER (which methods stand on which front).
+# For docstrings, LoRA is on the front by numbers stored, by numbers trained and by memory, P-Tuning on none of these: prompt tuning of the same length
+# is better, trains less and stores as much. By memory four remain: BitFit, bottleneck adapters, LoRA and full tuning. If only the time of a token
+# counts, full tuning alone remains: it leaves nothing behind either. And if code is what you care about, the picture is turned round: who learns
+# little, forgets little. What a price is, nobody can tell you but you.
 #
 # ## 8 · Somebody else's table
 #
@@ -1015,30 +1027,36 @@ assert abs(one["accuracy"] - other["accuracy"]) < 0.4 * apart(one, other)
 # 'LoRA works better than P-Tuning, but asks more of the graphics card.' With numbers from both tables:
 
 # %% tags=["nbval-ignore-output"]
-better = loss["p-tuning", 64] - loss["lora", 4]
 print(
     f"TinyLM, code → docstrings, 100 steps of 4 × 192 tokens, three seeds: LoRA (r = 4) {loss['lora', 4]:.2f}, P-Tuning "
     f"(k = 64) {loss['p-tuning', 64]:.2f} nats a token,\n"
     f"  {share_of(('lora', 4)):.0%} and {share_of(('p-tuning', 64)):.0%} of full tuning's gain; after 400 steps (k = 16) "
     f"{longer['lora']:.2f} and {longer['p-tuning']:.2f}"
 )
-print(f"  memory of a training step: LoRA {more_than_p:.0%} more")
+slower = seconds["lora"] / seconds["p-tuning"] - 1
+print(f"  a training step: LoRA {more_than_p:.0%} more memory, {slower:.0%} more time")
 print(f"  a token afterwards, times the base's: {in_use['lora']:.2f} against {in_use['p-tuning']:.2f}")
 lora, p = published["lora"], published["p-tuning"]
 print(
     f"Llama-3.2-3B, one seed: {lora['accuracy']:.1%} against {p['accuracy']:.1%}; memory {lora['memory'] / p['memory'] - 1:+.1%}, "
     f"time {lora['seconds'] / p['seconds'] - 1:+.1%}"
 )
-assert better > 0.2 and loss["lora", 1] < loss["p-tuning", 64] and longer["lora"] < longer["p-tuning"]
+assert [round(100 * share_of(key)) for key in (("lora", 4), ("p-tuning", 64), ("lora", 1))] == [69, 10, 58]
+assert 6.7 < ahead("p-tuning") / apart(lora, p) < 6.9 and longer["lora"] < longer["p-tuning"]
+assert 1.1 < seconds["lora"] / seconds["p-tuning"] < 1.45
 assert (
     abs(lora["memory"] / p["memory"] - 1.066) < 0.001 and abs(lora["seconds"] / p["seconds"] - 1.031) < 0.001
 )
 
 # %% [markdown]
-# **The answer.** Yes to the first half, in both tables and by more than chance: NUMBER. Yes to the second half, and by little: a training step of LoRA takes 16 % more
-# memory here and 6.6 % more on the published GPU, because of inputs that it has to keep, not because of the numbers that it trains
-# (P-Tuning *trains* more of them there, and fewer here). What the note leaves out: when the model is used, it is P-Tuning that asks for more, a place in
-# the context for each virtual token, and LoRA for nothing. And it is no added layer.
+# **The answer.** *'Works better': yes*, in both tables and by more than chance. In TinyLM (code → docstrings, 100 steps of 4 × 192 tokens, three seeds,
+# each method at its own rate) LoRA of $r = 4$ has 69 % of full tuning's gain, P-Tuning with 64 tokens 10 %; LoRA of $r = 1$, which trains
+# fewer numbers than P-Tuning, has 58 %. In Llama-3.2-3B (5 000 steps, one seed) LoRA answers 47.8 % of the questions and P-Tuning 34.9 %, 6.8 standard errors
+# apart. *'Asks more of the graphics card': yes, a little, while it trains.* 16 % more memory here and 6.6 % more there; about a quarter more time for a
+# step here, 3 % more there. The reason is not the numbers that it trains (there P-Tuning trains three times as many) but the inputs that it has to keep.
+# *When the model is used, it is the other way round*: P-Tuning takes a place of the context for each virtual token, LoRA takes nothing, once merged. For the
+# same reason LoRA does not belong under 'added layers', where the note files it: bottleneck adapters, which do, made a token slower here, and merged LoRA runs
+# through the layers of the base.
 #
 # ## What to remember
 #
