@@ -861,7 +861,7 @@ assert same == ["full", "lora", "bitfit", "ia3"]
 # Each method at one size. Choose what you have to pay with, and which text you care about; filled are those that no other
 # beats on both.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 numbers = {what: {m: far[m, s][0][what] for m, s in ONE_SIZE.items()} for what in ("stored", "trained")}
 in_use = {m: 1.0 if m in same else each_token[called(m, s)] for m, s in ONE_SIZE.items()}  # the same layers
 prices = {
@@ -882,6 +882,8 @@ texts = {
     "the near task": loss_near,
 }
 assert all(set(each) == set(ONE_SIZE) for each in (*prices.values(), *texts.values()))
+
+# %% tags=["nbval-ignore-output"]
 fronts = explore.price_and_quality(prices, texts, units)
 front = lambda price, text: fronts.pictures[price, text].sentence.partition(" Beaten: ")[0]
 numbers_and_memory = [front(price, "docstrings") for price in list(prices)[:3]]
