@@ -7,14 +7,14 @@
 # %% [markdown]
 # # 08 · Every other way to tune
 #
-# LoRA is one of a dozen ways to tune a model by training few numbers. Here are the others, each in a few lines, and then all
-# of them side by side on the same two tasks: same tokens, a learning rate of its own for each, three seeds. Is LoRA better
-# than P-Tuning, and what does it cost?
+# LoRA is one of a dozen ways to tune a model by training few numbers. Here are the others, each in a few lines, and then
+# all of them side by side on the same two tasks: same tokens, a learning rate of its own for each, three seeds. Is LoRA
+# better than P-Tuning, and what does it cost?
 #
-# **Afterwards you can** write BitFit, bottleneck adapters, (IA)³, prompt tuning, P-Tuning and prefix tuning in a few lines
-# each; say where each acts, how many numbers it trains and how many it stores; read a comparison of methods and say what it
-# held equal; say what each costs in memory, in seconds a step and in seconds a token; ask of somebody else's table how much
-# of its order is chance.
+# **Afterwards you can** write BitFit, bottleneck adapters, (IA)³, prompt tuning, P-Tuning and prefix tuning in a few
+# lines each; say where each acts, how many numbers it trains and how many it stores; read a comparison of methods and say
+# what it held equal; say what each costs in memory, in seconds a step and in seconds a token; ask of somebody else's
+# table how much of its order is chance.
 #
 # **You should know** chapters 04 (what a training step keeps in memory), 05 (LoRA, merging) and 07 (each method needs a
 # learning rate of its own). **Time:** 60 minutes to read, two to run.
@@ -72,8 +72,9 @@ def picture(*methods):
 # %% [markdown]
 # ## 1 · Two families, and those that are in neither
 #
-# The study note that this series grew out of knows two families of cheap tuning, *added layers* and *tuned inputs*, and files
-# LoRA under the first. Here is a transformer from left to right with everything that some method adds or trains, in blue.
+# The study note that this series grew out of knows two families of cheap tuning, *added layers* and *tuned inputs*, and
+# files LoRA under the first. Here is a transformer from left to right with everything that some method adds or trains, in
+# blue.
 
 # %%
 figure, axes = plots.subplots(size=(7.2, 2.1))
@@ -124,9 +125,9 @@ assert all((abs(start[method] - before) > 1e-3) == (method in virtual) for metho
 assert abs(start["prompt"] - start["prefix"]) < 1e-3
 
 # %% [markdown]
-# What begins as the base can only be as good at first, and no worse. Virtual tokens begin somewhere else, and how far away depends on
-# what they start from. The prompt and the prefix start as the same 16 words of the vocabulary (the prefix as their keys and values), so
-# they begin at one loss. P-Tuning's tokens start as what an untrained network gives.
+# What begins as the base can only be as good at first, and no worse. Virtual tokens begin somewhere else, and how far
+# away depends on what they start from. The prompt and the prefix start as the same 16 words of the vocabulary (the prefix
+# as their keys and values), so they begin at one loss. P-Tuning's tokens start as what an untrained network gives.
 #
 # ## 2 · Each in a few lines
 #
@@ -173,8 +174,8 @@ each_block = 4 * 100 + (400 + 100) + 2 * 100  # attention, MLP, two norms
 assert tuning.trained_parameters(tuning.bitfit(fresh())) == 6 * each_block + 100 == 6_700
 
 # %% [markdown]
-# **(IA)³** (Liu et al. 2022) trains a factor for each key, each value, and each number inside the MLP: keys $l_k \odot k$, values
-# $l_v \odot v$, and $W_{down}\,(l_{f} \odot \mathrm{GELU}(W_{up} x))$. All factors start at 1.
+# **(IA)³** (Liu et al. 2022) trains a factor for each key, each value, and each number inside the MLP: keys
+# $l_k \odot k$, values $l_v \odot v$, and $W_{down}\,(l_{f} \odot \mathrm{GELU}(W_{up} x))$. All factors start at 1.
 
 
 # %%
@@ -209,8 +210,8 @@ assert tuning.trained_parameters(tuning.ia3(fresh())) == 6 * (100 + 100 + 400) =
 #
 # ### In the stream: bottleneck adapters
 #
-# Houlsby et al. (2019) put a small network behind each attention and each MLP: down to $m$ numbers, a non-linearity, up again,
-# and the sum with what came in: $h + W_{up}\,\mathrm{GELU}(W_{down} h + b_{down}) + b_{up}$.
+# Houlsby et al. (2019) put a small network behind each attention and each MLP: down to $m$ numbers, a non-linearity, up
+# again, and the sum with what came in: $h + W_{up}\,\mathrm{GELU}(W_{down} h + b_{down}) + b_{up}$.
 
 # %%
 plots.show(
@@ -246,14 +247,14 @@ agree(add_bottlenecks(fresh(), 8), tuning.bottleneck(fresh(), 8))
 assert tuning.trained_parameters(tuning.bottleneck(fresh(), 8)) == 12 * (2 * 100 * 8 + 8 + 100)
 
 # %% [markdown]
-# Compare LoRA's $W x + s\,B A x$: also down to few numbers and up again. But the non-linearity between the two matrices, and
-# the place behind the layer instead of beside it, forbid adding them up with $W$. That small difference decides what is
-# left when the model is used (section 7).
+# Compare LoRA's $W x + s\,B A x$: also down to few numbers and up again. But the non-linearity between the two matrices,
+# and the place behind the layer instead of beside it, forbid adding them up with $W$. That small difference decides what
+# is left when the model is used (section 7).
 #
 # ### Before the text: prompt tuning and P-Tuning
 #
-# **Prompt tuning** (Lester et al. 2021) trains $k$ vectors $P$ that stand before the embedded text, as if they were tokens. All
-# that it changes is the sequence.
+# **Prompt tuning** (Lester et al. 2021) trains $k$ vectors $P$ that stand before the embedded text, as if they were
+# tokens. All that it changes is the sequence.
 
 # %%
 plots.show(
@@ -283,8 +284,8 @@ print("the same logits; and embeddings of real words do what these words do befo
 # So a prompt is a text in a language of which no word needs to exist: its vectors may lie anywhere between and beside the
 # embeddings of the 10 000 tokens.
 #
-# **P-Tuning** (Liu et al. 2021) does not train $P$ itself. It trains a small network, the prompt encoder, that makes $P$ from $k$
-# vectors $E$. Afterwards only $P$ is needed.
+# **P-Tuning** (Liu et al. 2021) does not train $P$ itself. It trains a small network, the prompt encoder, that makes $P$
+# from $k$ vectors $E$. Afterwards only $P$ is needed.
 
 # %%
 explore.predict(
@@ -318,8 +319,8 @@ assert while_training == 16 * 100 + 3 * (100 * 100 + 100) == 31_900 and afterwar
 # %% [markdown]
 # ### Before the keys and values: prefix tuning
 #
-# A prompt reaches the second layer only through the first. **Prefix tuning** (Li and Liang 2021) trains what *each* layer would
-# keep of such tokens, its keys and values: every token of the text attends to $[P_K; K]$ and $[P_V; V]$.
+# A prompt reaches the second layer only through the first. **Prefix tuning** (Li and Liang 2021) trains what *each* layer
+# would keep of such tokens, its keys and values: every token of the text attends to $[P_K; K]$ and $[P_V; V]$.
 
 # %%
 plots.show(
@@ -361,16 +362,16 @@ print("the same logits; and keys and values of real words do what these words do
 assert tuning.trained_parameters(model) == 2 * 6 * 16 * 100
 
 # %% [markdown]
-# The prefix of real words is, again, the same as these words before the text. But a trained prefix can say something else to
-# each layer, which no text can. It costs $2 L$ times as many numbers as a prompt of the same length.
+# The prefix of real words is, again, the same as these words before the text. But a trained prefix can say something else
+# to each layer, which no text can. It costs $2 L$ times as many numbers as a prompt of the same length.
 #
-# Li and Liang found it hard to train directly, and made the prefix with an MLP that is thrown away afterwards, as P-Tuning does
-# with its encoder. We have both.
+# Li and Liang found it hard to train directly, and made the prefix with an MLP that is thrown away afterwards, as
+# P-Tuning does with its encoder. We have both.
 #
 # ## 3 · How many numbers?
 #
-# Three counts that are easily mixed up: numbers *trained* (gradients and Adam's state for each), numbers *stored* (the file),
-# and numbers *added when the model is used* (section 7). With $L = 6$ blocks of width $d = 100$, MLP 400:
+# Three counts that are easily mixed up: numbers *trained* (gradients and Adam's state for each), numbers *stored* (the
+# file), and numbers *added when the model is used* (section 7). With $L = 6$ blocks of width $d = 100$, MLP 400:
 
 # %%
 rows = load_methods()
@@ -394,9 +395,9 @@ for method, size in order:
 assert all(far[method, size] for method, size in ONE_SIZE.items())
 
 # %% [markdown]
-# BitFit and (IA)³ have no size to choose. To spend 43 200 numbers, as LoRA does at $r = 4$, a prompt would need 432 tokens, and
-# this model reads 256. So there is no column 'all at 40 000 numbers' in this chapter: where a method has a size we draw a
-# curve, where it has none a point.
+# BitFit and (IA)³ have no size to choose. To spend 43 200 numbers, as LoRA does at $r = 4$, a prompt would need 432
+# tokens, and this model reads 256. So there is no column 'all at 40 000 numbers' in this chapter: where a method has a
+# size we draw a curve, where it has none a point.
 
 # %%
 budget = counting.trained(tiny, "lora", 4, "linear").parameters
@@ -410,13 +411,13 @@ assert budget == 43_200 and budget // 100 == 432 > 256 and budget // 1200 == 36
 #
 # What 'better' means depends on what is held equal. In the recorded runs:
 #
-# - **the same task**: the base model, which knows code, is tuned on docstrings (*far*); or a model that knows docstrings is
-#   tuned on docstrings of other files (*near*);
-# - **the same tokens**: 100 steps of 4 × 192, the same windows in the same order. 192, so that 64 virtual tokens still fit into the
-#   model's 256 positions. A second budget of 400 steps for those that are slow;
-# - **a learning rate of its own** for each method, at its smallest and at its largest size: five rates or more, a factor of 2
-#   apart, and further until the best is not the last one tried; sizes between them take a rate between (on a line in the
-#   logarithms). Rates are chosen on validation text, losses shown on test text;
+# - **the same task**: the base model, which knows code, is tuned on docstrings (*far*); or a model that knows docstrings
+#   is tuned on docstrings of other files (*near*);
+# - **the same tokens**: 100 steps of 4 × 192, the same windows in the same order. 192, so that 64 virtual tokens still
+#   fit into the model's 256 positions. A second budget of 400 steps for those that are slow;
+# - **a learning rate of its own** for each method, at its smallest and at its largest size: five rates or more, a factor
+#   of 2 apart, and further until the best is not the last one tried; sizes between them take a rate between (on a line in
+#   the logarithms). Rates are chosen on validation text, losses shown on test text;
 # - **three seeds** at the rate that was found; AdamW, no weight decay, warm-up and linear decay for all.
 #
 # Not equal: numbers, memory and time. These are the price, and are asked about below.
@@ -443,8 +444,9 @@ plots.show(
 )
 
 # %% [markdown]
-# The best rates lie far apart, and the valleys differ: LoRA's ends in a wall, where a rate twice the best ruins $r = 16$. P-Tuning's is
-# nearly flat, so that *its* rate cannot be what it lacks. A table made with one rate for all compares rates as well as methods:
+# The best rates lie far apart, and the valleys differ: LoRA's ends in a wall, where a rate twice the best ruins $r = 16$.
+# P-Tuning's is nearly flat, so that *its* rate cannot be what it lacks. A table made with one rate for all compares rates
+# as well as methods:
 
 # %%
 explore.predict(
@@ -474,8 +476,8 @@ assert grids["lora", 16][0.032] > lowest(grids["lora", 16]) + 0.5
 # %% [markdown]
 # ## 5 · The far task: quality against numbers
 #
-# From code to docstrings. The base has 6.02 nats a token on the test text; full tuning, of all 2 728 000 numbers, ends at 4.51 and is the
-# black star.
+# From code to docstrings. The base has 6.02 nats a token on the test text; full tuning, of all 2 728 000 numbers, ends at
+# 4.51 and is the black star.
 
 # %%
 explore.predict(
@@ -508,21 +510,24 @@ plots.show(
 )
 
 # %% [markdown]
-# **What came out.** The order follows the *place*, much more than the number of numbers. Of what full tuning gains, LoRA beside the
-# matrices of the blocks has 58 to 75 % ($r = 1$ to 16), bottleneck adapters 47 to 66 %, BitFit and (IA)³ 44 %, prefixes 32 to 44 %,
-# prompts 7 to 18 %, P-Tuning 7 to 10 %. At 6 000 to 6 700 numbers stored: a bottleneck of $m = 2$ has gained 0.71 nats a token, BitFit 0.66,
-# a prompt of 64 tokens 0.27, P-Tuning with as many 0.15. (IA)³ is where BitFit is, with half the numbers. All this is TinyLM, 100 steps of 4 × 192
-# tokens, three seeds.
+# **What came out.** The order follows the *place*, much more than the number of numbers. Of what full tuning gains, LoRA
+# beside the matrices of the blocks has 58 to 75 % ($r = 1$ to 16), bottleneck adapters 47 to 66 %, BitFit and (IA)³ 44 %,
+# prefixes 32 to 44 %, prompts 7 to 18 %, P-Tuning 7 to 10 %. At 6 000 to 6 700 numbers stored: a bottleneck of $m = 2$
+# has gained 0.71 nats a token, BitFit 0.66, a prompt of 64 tokens 0.27, P-Tuning with as many 0.15. (IA)³ is where BitFit
+# is, with half the numbers. All this is TinyLM, 100 steps of 4 × 192 tokens, three seeds.
 #
-# **Why.** A prompt is one more text to read. It can move attention and no weight, so it can only ask the model for what it does already; and
-# this model has learned code, from which docstrings are far. Prefixes say something in each layer, and do better with the same number of
-# tokens. What acts on the stream or on the matrices changes what is computed for each token.
+# **Why.** A prompt is one more text to read. It can move attention and no weight, so it can only ask the model for what
+# it does already; and this model has learned code, from which docstrings are far. Prefixes say something in each layer,
+# and do better with the same number of tokens. What acts on the stream or on the matrices changes what is computed for
+# each token.
 #
-# LoRA on *all* matrices, embedding and head too, gets to 4.70 with 124 000 numbers, further than on the blocks with 172 800. Four fifths of
-# TinyLM are in these two tables, and a new kind of text has other words; a large model with a smaller share in them need not behave so.
+# LoRA on *all* matrices, embedding and head too, gets to 4.70 with 124 000 numbers, further than on the blocks with 172
+# 800. Four fifths of TinyLM are in these two tables, and a new kind of text has other words; a large model with a smaller
+# share in them need not behave so.
 #
-# P-Tuning is *behind* prompt tuning here at both lengths, 5.91 against 5.84 and 5.87 against 5.74. Its network was meant to make training easier, and
-# its file is the same. But this prompt starts as words, and P-Tuning's tokens start as what an untrained network gives.
+# P-Tuning is *behind* prompt tuning here at both lengths, 5.91 against 5.84 and 5.87 against 5.74. Its network was meant
+# to make training easier, and its file is the same. But this prompt starts as words, and P-Tuning's tokens start as what
+# an untrained network gives.
 #
 # A method at a time: where it acts, how many numbers it has, and where it stands.
 
@@ -571,8 +576,8 @@ assert max(spread.values()) < 0.06 and loss["p-tuning", 16] - loss["lora", 4] > 
 # %% [markdown]
 # ### Patience
 #
-# Prompt methods are known to need more steps (Lester et al. trained for 30 000). Five methods again with four times the steps, at a rate
-# found for them at that length (one seed):
+# Prompt methods are known to need more steps (Lester et al. trained for 30 000). Five methods again with four times the
+# steps, at a rate found for them at that length (one seed):
 
 # %%
 explore.predict(
@@ -612,8 +617,8 @@ plots.show(
 #
 # ### What is forgotten
 #
-# The base was trained on code. What has each method done to that? Compared at equal *steps* a method that learns little also
-# forgets little, so look at both at once.
+# The base was trained on code. What has each method done to that? Compared at equal *steps* a method that learns little
+# also forgets little, so look at both at once.
 
 # %% tags=["nbval-ignore-output"]
 figure, axes = plots.subplots(size=(7.2, 3.2))
@@ -640,17 +645,17 @@ plots.show(
 )
 
 # %% [markdown]
-# **Those that gain least lose most for it.** For each nat gained on docstrings, LoRA loses 0.5 to 0.6 nats on code, full tuning and bottleneck
-# adapters 0.7, BitFit and (IA)³ 0.9, and prompts, P-Tuning and prefixes more than 1, each at the rate that was best for docstrings. Whatever
-# stands before the text is there for every text, code or not.
+# **Those that gain least lose most for it.** For each nat gained on docstrings, LoRA loses 0.5 to 0.6 nats on code, full
+# tuning and bottleneck adapters 0.7, BitFit and (IA)³ 0.9, and prompts, P-Tuning and prefixes more than 1, each at the
+# rate that was best for docstrings. Whatever stands before the text is there for every text, code or not.
 #
-# (And taken off again, it is there no more: without its prompt, adapter or file each of these models is the base, which has forgotten nothing. What is
-# measured is the model with the method on it.)
+# (And taken off again, it is there no more: without its prompt, adapter or file each of these models is the base, which
+# has forgotten nothing. What is measured is the model with the method on it.)
 #
 # ## 6 · The near task
 #
-# Now a model that knows docstrings already, and docstrings of files that it has not seen. There is little to learn. Does that
-# change who is good? As a share of what full tuning gains:
+# Now a model that knows docstrings already, and docstrings of files that it has not seen. There is little to learn. Does
+# that change who is good? As a share of what full tuning gains:
 
 # %% tags=["nbval-ignore-output"]
 both_tasks = [method for method, size in ONE_SIZE.items() if (method, size) in near]
@@ -679,7 +684,8 @@ plots.show(
 # ### Memory while training
 #
 # Gradients and Adam's state go with the numbers trained. The activations do not: to train a matrix, even a thin one, the
-# backward pass needs what went into it, and it has to pass through every layer above the first thing trained (chapter 04).
+# backward pass needs what went into it, and it has to pass through every layer above the first thing trained (chapter
+# 04).
 
 # %%
 explore.predict(
@@ -743,15 +749,16 @@ assert min(memory, key=memory.get) == "bitfit" and 0.95 < memory["ia3"] / memory
 
 # %% [markdown]
 # So the note's 'asks more of the graphics card' is right, and it is not the numbers that LoRA trains: these take half a
-# megabyte. LoRA needs the *inputs* of all the matrices that it stands beside, for the gradient of $A$, as full tuning does for that
-# of $W$. Prompts and prefixes train nothing inside, so that a frozen matrix can forget what went into it; BitFit can as well,
-# since a bias's gradient needs no input. (IA)³ trains few numbers and keeps nearly as much as LoRA: the gradient of a
-# factor needs the activation that it scales.
+# megabyte. LoRA needs the *inputs* of all the matrices that it stands beside, for the gradient of $A$, as full tuning
+# does for that of $W$. Prompts and prefixes train nothing inside, so that a frozen matrix can forget what went into it;
+# BitFit can as well, since a bias's gradient needs no input. (IA)³ trains few numbers and keeps nearly as much as LoRA:
+# the gradient of a factor needs the activation that it scales.
 #
 # ### Seconds a step, seconds a token
 #
-# Measured now, in turns, in processor time: only the ratios mean something. A step is forward, backward and AdamW on one text of
-# 192 tokens. A token is what `generate` does for each: a forward pass of the text so far, here 64 tokens, and no cache.
+# Measured now, in turns, in processor time: only the ratios mean something. A step is forward, backward and AdamW on one
+# text of 192 tokens. A token is what `generate` does for each: a forward pass of the text so far, here 64 tokens, and no
+# cache.
 
 # %% tags=["nbval-ignore-output"]
 one = text[:1]
@@ -775,9 +782,9 @@ for method in sorted(seconds, key=seconds.get):
 assert 0.5 < seconds["prompt"] < 0.85 and seconds["prompt"] < seconds["lora"] < 1
 
 # %% [markdown]
-# Training a thousandth of the numbers does not make a step a thousand times faster. The forward pass stays, and the backward pass still has to
-# reach the first thing that is trained; saved are the gradients of the frozen matrices and the optimiser's work, together about a third. LoRA
-# saves half of that: its thin products are many, and each wants starting.
+# Training a thousandth of the numbers does not make a step a thousand times faster. The forward pass stays, and the
+# backward pass still has to reach the first thing that is trained; saved are the gradients of the frozen matrices and the
+# optimiser's work, together about a third. LoRA saves half of that: its thin products are many, and each wants starting.
 #
 # And afterwards?
 
@@ -837,8 +844,8 @@ assert each_token["prompt tuning, k = 64"] > 1.2 and each_token["LoRA, r = 4, no
 assert 0.8 < each_token["LoRA, r = 4"] < 1.25 and each_token["bottleneck adapters, m = 8"] > 1.02
 
 # %% [markdown]
-# Merged, LoRA is the base with other numbers in it: the same layers, the same products. So are BitFit and folded (IA)³. That is
-# not a matter of a clock:
+# Merged, LoRA is the base with other numbers in it: the same layers, the same products. So are BitFit and folded (IA)³.
+# That is not a matter of a clock:
 
 # %%
 same = []
@@ -852,9 +859,10 @@ for method, size in ONE_SIZE.items():
 assert same == ["full", "lora", "bitfit", "ia3"]
 
 # %% [markdown]
-# **So LoRA is not an added layer.** It is added while it trains, and is gone when it is used. Bottleneck adapters stay; each virtual token
-# costs a place in the context, and, without a cache, the time of a token of text. With a cache of keys and values, as servers have it, the
-# virtual tokens are read once: what remains is that each new token attends to $k$ more, and the cache is longer.
+# **So LoRA is not an added layer.** It is added while it trains, and is gone when it is used. Bottleneck adapters stay;
+# each virtual token costs a place in the context, and, without a cache, the time of a token of text. With a cache of keys
+# and values, as servers have it, the virtual tokens are read once: what remains is that each new token attends to $k$
+# more, and the cache is longer.
 #
 # ### What counts as the price?
 #
@@ -897,15 +905,16 @@ assert "Not beaten: P-Tuning (3.86)." in front("numbers stored", "code")
 fronts
 
 # %% [markdown]
-# For docstrings, LoRA is on the front by numbers stored, by numbers trained and by memory, P-Tuning on none of these: prompt tuning of the same length
-# is better, trains less and stores as much. By memory four remain: BitFit, bottleneck adapters, LoRA and full tuning. If only the time of a token
-# counts, full tuning alone remains: it leaves nothing behind either. And if code is what you care about, the picture is turned round: who learns
-# little, forgets little. What a price is, nobody can tell you but you.
+# For docstrings, LoRA is on the front by numbers stored, by numbers trained and by memory, P-Tuning on none of these:
+# prompt tuning of the same length is better, trains less and stores as much. By memory four remain: BitFit, bottleneck
+# adapters, LoRA and full tuning. If only the time of a token counts, full tuning alone remains: it leaves nothing behind
+# either. And if code is what you care about, the picture is turned round: who learns little, forgets little. What a price
+# is, nobody can tell you but you.
 #
 # ## 8 · Somebody else's table
 #
-# TinyLM is small, and 100 steps are few. PEFT's authors published 63 tunings of Llama-3.2-3B: MetaMathQA, 5 000 steps of 4 texts,
-# accuracy on GSM8K, one GPU, **one seed each**. Six of our methods are among them. For each the best run:
+# TinyLM is small, and 100 steps are few. PEFT's authors published 63 tunings of Llama-3.2-3B: MetaMathQA, 5 000 steps of
+# 4 texts, accuracy on GSM8K, one GPU, **one seed each**. Six of our methods are among them. For each the best run:
 
 # %%
 table = load_peft_comparison()
@@ -923,8 +932,8 @@ assert published["p-tuning"]["trained"] == 28_382_208 > 3 * published["lora"]["t
 assert 0 < published["p-tuning"]["file_bytes"] - 4 * 20 * 3_072 < 200  # the numbers, and a header
 
 # %% [markdown]
-# P-Tuning *trains* 28.4 million numbers, three times as many as this LoRA, and *stores* 61 440: 20 tokens of width 3 072. A
-# table with one column 'parameters' would have to choose.
+# P-Tuning *trains* 28.4 million numbers, three times as many as this LoRA, and *stores* 61 440: 20 tokens of width 3 072.
+# A table with one column 'parameters' would have to choose.
 #
 # **How much of the order is chance?** GSM8K's test has 1 319 questions. An accuracy $p$ has a standard error of
 # $\sqrt{p (1 - p) / 1319}$, from the questions alone; what another seed would do comes on top, and is not known.
@@ -946,11 +955,12 @@ assert 0.128 < ahead("p-tuning") < 0.13 and ahead("p-tuning") > 6 * apart(
 )
 
 # %% [markdown]
-# LoRA and full tuning cannot be told apart by this table (0.7 percentage points, a third of a standard error), LoRA and P-Tuning can (12.9 points).
-# (The same questions were put to both models, so a paired test would see more; for that one needs the answers, which the table
-# does not have.)
+# LoRA and full tuning cannot be told apart by this table (0.7 percentage points, a third of a standard error), LoRA and
+# P-Tuning can (12.9 points). (The same questions were put to both models, so a paired test would see more; for that one
+# needs the answers, which the table does not have.)
 #
-# **And how much of it is the setting?** Several methods are there more than once. Their runs differ in the rate, the start or the matrices:
+# **And how much of it is the setting?** Several methods are there more than once. Their runs differ in the rate, the
+# start or the matrices:
 
 # %%
 for method, name in {"prompt": "prompt_tuning", "prefix": "prefixtuning", "ia3": "ia3"}.items():
@@ -966,9 +976,10 @@ assert (
 )
 
 # %% [markdown]
-# One method's settings lie further apart than most pairs of methods. Prompt tuning gets 5.7 % as PEFT sets it, 23.4 % at another rate, and
-# 34.3 % when it also starts from words of the vocabulary. In a table with one run 'prompt tuning is bad' and 'prompt tuning was not tuned'
-# look the same. (And the best of three runs, chosen by the accuracy that is then shown, flatters a method a little.)
+# One method's settings lie further apart than most pairs of methods. Prompt tuning gets 5.7 % as PEFT sets it, 23.4 % at
+# another rate, and 34.3 % when it also starts from words of the vocabulary. In a table with one run 'prompt tuning is
+# bad' and 'prompt tuning was not tuned' look the same. (And the best of three runs, chosen by the accuracy that is then
+# shown, flatters a method a little.)
 
 # %%
 explore.predict(
@@ -984,9 +995,9 @@ explore.predict(
 # %% [markdown]
 # ### Do the two tables agree?
 #
-# The six methods by quality, by memory and by time of a training step: ours (TinyLM, the far task, each method at its best size
-# by validation loss) against theirs. The rank correlation is 1 for the same order, −1 for the reverse; $p$ is the share of all 720
-# ways to pair the two whose correlation is as strong.
+# The six methods by quality, by memory and by time of a training step: ours (TinyLM, the far task, each method at its
+# best size by validation loss) against theirs. The rank correlation is 1 for the same order, −1 for the reverse; $p$ is
+# the share of all 720 ways to pair the two whose correlation is as strong.
 
 # %% tags=["nbval-ignore-output"]
 on_validation = {key: mean([row["validation"] for row in runs]) for key, runs in far.items()}
@@ -1014,15 +1025,17 @@ one, other = published["p-tuning"], published["prompt"]
 assert abs(one["accuracy"] - other["accuracy"]) < 0.4 * apart(one, other)
 
 # %% [markdown]
-# **In quality they agree**: rank correlation 0.89, $p = 0.03$. The two orders differ in two pairs of neighbours, LoRA and full tuning, prompt tuning and
-# P-Tuning; and these are the pairs that their table cannot tell apart (a third of a standard error each). A model a thousand times as
-# large, another task, fifty times the steps: and yet the same order, from those that change what is computed to those that speak before the text.
+# **In quality they agree**: rank correlation 0.89, $p = 0.03$. The two orders differ in two pairs of neighbours, LoRA and
+# full tuning, prompt tuning and P-Tuning; and these are the pairs that their table cannot tell apart (a third of a
+# standard error each). A model a thousand times as large, another task, fifty times the steps: and yet the same order,
+# from those that change what is computed to those that speak before the text.
 #
-# **In memory less**: 0.71, $p = 0.14$, which is what chance often gives. There prompt tuning has 200 virtual tokens, and a virtual token costs memory
-# as text does; here it has 16. And their LoRA sits on two matrices a layer, ours on six. So memory depends on how a method is used, more than on its name.
+# **In memory less**: 0.71, $p = 0.14$, which is what chance often gives. There prompt tuning has 200 virtual tokens, and
+# a virtual token costs memory as text does; here it has 16. And their LoRA sits on two matrices a layer, ours on six. So
+# memory depends on how a method is used, more than on its name.
 #
-# What such a test can say is little: that two orders of six have something to do with each other. It says nothing of a seventh
-# method, and nothing of how large a difference is.
+# What such a test can say is little: that two orders of six have something to do with each other. It says nothing of a
+# seventh method, and nothing of how large a difference is.
 #
 # ## 9 · The note's sentence
 #
@@ -1051,34 +1064,39 @@ assert (
 )
 
 # %% [markdown]
-# **The answer.** *'Works better': yes*, in both tables and by more than chance. In TinyLM (code → docstrings, 100 steps of 4 × 192 tokens, three seeds,
-# each method at its own rate) LoRA of $r = 4$ has 69 % of full tuning's gain, P-Tuning with 64 tokens 10 %; LoRA of $r = 1$, which trains
-# fewer numbers than P-Tuning, has 58 %. In Llama-3.2-3B (5 000 steps, one seed) LoRA answers 47.8 % of the questions and P-Tuning 34.9 %, 6.8 standard errors
-# apart. *'Asks more of the graphics card': yes, a little, while it trains.* 16 % more memory here and 6.6 % more there; about a quarter more time for a
-# step here, 3 % more there. The reason is not the numbers that it trains (there P-Tuning trains three times as many) but the inputs that it has to keep.
-# *When the model is used, it is the other way round*: P-Tuning takes a place of the context for each virtual token, LoRA takes nothing, once merged. For the
-# same reason LoRA does not belong under 'added layers', where the note files it: bottleneck adapters, which do, made a token slower here, and merged LoRA runs
+# **The answer.** *'Works better': yes*, in both tables and by more than chance. In TinyLM (code → docstrings, 100 steps
+# of 4 × 192 tokens, three seeds, each method at its own rate) LoRA of $r = 4$ has 69 % of full tuning's gain, P-Tuning
+# with 64 tokens 10 %; LoRA of $r = 1$, which trains fewer numbers than P-Tuning, has 58 %. In Llama-3.2-3B (5 000 steps,
+# one seed) LoRA answers 47.8 % of the questions and P-Tuning 34.9 %, 6.8 standard errors apart. *'Asks more of the
+# graphics card': yes, a little, while it trains.* 16 % more memory here and 6.6 % more there; about a quarter more time
+# for a step here, 3 % more there. The reason is not the numbers that it trains (there P-Tuning trains three times as
+# many) but the inputs that it has to keep. *When the model is used, it is the other way round*: P-Tuning takes a place of
+# the context for each virtual token, LoRA takes nothing, once merged. For the same reason LoRA does not belong under
+# 'added layers', where the note files it: bottleneck adapters, which do, made a token slower here, and merged LoRA runs
 # through the layers of the base.
 #
 # ## What to remember
 #
-# - Methods differ in *where* they act: before the text, before the keys, in the stream, on the model's own numbers, beside the weights.
-#   At equal numbers the place matters more than the count (TinyLM, 100 steps).
-# - Numbers trained, numbers stored and numbers added in use are three counts. P-Tuning trains twenty times what it stores; LoRA adds nothing in use.
+# - Methods differ in *where* they act: before the text, before the keys, in the stream, on the model's own numbers,
+#   beside the weights. At equal numbers the place matters more than the count (TinyLM, 100 steps).
+# - Numbers trained, numbers stored and numbers added in use are three counts. P-Tuning trains twenty times what it
+#   stores; LoRA adds nothing in use.
 # - Compare methods each at its own learning rate, found inside a grid; say what was held equal, and show seeds.
 # - A training step's memory follows the activations that have to be kept, not the numbers that are trained.
-# - What can be folded into $W$ costs nothing in use: LoRA, BitFit, (IA)³, because no non-linearity stands between. Bottleneck adapters, prompts and prefixes cannot.
-# - Ask of a table: one seed or several? one rate or a tuned one? how large is the error of each figure? With six methods an exact permutation test cannot go below 0.003, with four not below 0.08.
+# - What can be folded into $W$ costs nothing in use: LoRA, BitFit, (IA)³, because no non-linearity stands between.
+#   Bottleneck adapters, prompts and prefixes cannot.
+# - Ask of a table: one seed or several? one rate or a tuned one? how large is the error of each figure? With six methods
+#   an exact permutation test cannot go below 0.003, with four not below 0.08.
 
 # %% [markdown]
 # ## Exercises
 #
-# All answers but the fourth are functions: put yours in place of `None` and run the cell. The checks try them on numbers that
-# are drawn anew each time.
+# All answers but the fourth are functions: put yours in place of `None` and run the cell. The checks try them on numbers
+# that are drawn anew each time.
 
 # %% [markdown] tags=["exercise"]
-# **1.** Write `biases(model)`: the names of the parameters that BitFit trains, in any model. (T5 has a table of relative positions
-# that is called `relative_attention_bias`. It is an embedding, and BitFit leaves it alone.)
+# **1.** Write `biases(model)`: the names of the parameters that BitFit trains, in any model. (T5 has a table of relative
+# positions that is called `relative_attention_bias`. It is an embedding, and BitFit leaves it alone.)
 
 # %% tags=["exercise"]
 biases = None  # def biases(model): ...
@@ -1093,8 +1111,9 @@ def biases(model):
 print(exercises.check_08_1(biases))
 
 # %% [markdown] tags=["exercise"]
-# **2.** Write `attend(q, K, V, P_K, P_V)`, prefix tuning for one head: `q`, `K` and `V` are (time, $d$), the prefix `P_K` and `P_V`
-# ($k$, $d$). Each token sees all of the prefix, and of the text itself and what is before it. Return (time, $d$).
+# **2.** Write `attend(q, K, V, P_K, P_V)`, prefix tuning for one head: `q`, `K` and `V` are (time, $d$), the prefix `P_K`
+# and `P_V` ($k$, $d$). Each token sees all of the prefix, and of the text itself and what is before it. Return (time,
+# $d$).
 
 # %% tags=["exercise"]
 attend = None  # def attend(q, K, V, P_K, P_V): ...
@@ -1113,8 +1132,8 @@ print(exercises.check_08_2(attend))
 
 # %% [markdown] tags=["exercise"]
 # **3.** (IA)³ has scaled what goes into a layer by `l_in` and what comes out of it by `l_out`:
-# $l_{out} \odot (W (l_{in} \odot x) + b)$. Write `fold(W, b, l_in, l_out)`: return $(W', b')$ of a plain layer that does the
-# same. $W$ is (out, in), as in PyTorch.
+# $l_{out} \odot (W (l_{in} \odot x) + b)$. Write `fold(W, b, l_in, l_out)`: return $(W', b')$ of a plain layer that does
+# the same. $W$ is (out, in), as in PyTorch.
 
 # %% tags=["exercise"]
 fold = None  # def fold(W, b, l_in, l_out): ...
@@ -1129,8 +1148,8 @@ def fold(W, b, l_in, l_out):
 print(exercises.check_08_3(fold))
 
 # %% [markdown] tags=["exercise"]
-# **4.** Llama-3.2-3B has 28 layers of width 3 072, with 24 heads of 128 numbers for the queries and 8 heads of 128 for keys and values:
-# three queries share one head of keys. How many numbers does a prefix of 50 tokens have?
+# **4.** Llama-3.2-3B has 28 layers of width 3 072, with 24 heads of 128 numbers for the queries and 8 heads of 128 for
+# keys and values: three queries share one head of keys. How many numbers does a prefix of 50 tokens have?
 
 # %% tags=["exercise"]
 numbers_of_the_prefix = None
@@ -1141,8 +1160,8 @@ numbers_of_the_prefix = 2 * 28 * 50 * 8 * 128
 print(exercises.check_08_4(numbers_of_the_prefix))
 
 # %% [markdown] tags=["exercise"]
-# **5.** Write `front(points)`: `points` has a price and a loss for each name, both better when smaller. Return the names that no other point
-# beats, where to beat is to be nowhere worse and somewhere better.
+# **5.** Write `front(points)`: `points` has a price and a loss for each name, both better when smaller. Return the names
+# that no other point beats, where to beat is to be nowhere worse and somewhere better.
 
 # %% tags=["exercise"]
 front = None  # def front(points): ...
@@ -1160,8 +1179,9 @@ def front(points):
 print(exercises.check_08_5(front))
 
 # %% [markdown] tags=["exercise"]
-# **6.** Write `p_value(x, y)`, the exact two-sided permutation test of a rank correlation: of all orders of `y`, the share whose
-# correlation of ranks with `x` is at least as strong, in either direction, as that of `y` as it stands. No number occurs twice.
+# **6.** Write `p_value(x, y)`, the exact two-sided permutation test of a rank correlation: of all orders of `y`, the
+# share whose correlation of ranks with `x` is at least as strong, in either direction, as that of `y` as it stands. No
+# number occurs twice.
 
 # %% tags=["exercise"]
 p_value = None  # def p_value(x, y): ...
@@ -1182,12 +1202,12 @@ print(exercises.check_08_6(p_value))
 # %% [markdown]
 # ## Where to read on
 #
-# - Houlsby et al. 2019 (arXiv 1902.00751), §2: bottleneck adapters. Ben Zaken et al. 2021 (2106.10199), §3: BitFit. Liu et al. 2022
-#   (2205.05638), §3.3: (IA)³.
-# - Lester et al. 2021 (2104.08691), §2: prompt tuning, and its figure 1: the gap to full tuning closes as models grow. TinyLM is at the
-#   wrong end of that figure. Liu et al. 2021 (2103.10385), §3: P-Tuning. Li and Liang 2021 (2101.00190), §4: prefix tuning. Liu et al. 2021
-#   (2110.07602): P-Tuning v2, prefixes again.
-# - He et al. 2022, *Towards a Unified View of Parameter-Efficient Transfer Learning* (2110.04366): all of these as one formula with
-#   four choices, among them the place, beside or behind, that sections 1 and 2 are about.
+# - Houlsby et al. 2019 (arXiv 1902.00751), §2: bottleneck adapters. Ben Zaken et al. 2021 (2106.10199), §3: BitFit. Liu
+#   et al. 2022 (2205.05638), §3.3: (IA)³.
+# - Lester et al. 2021 (2104.08691), §2: prompt tuning, and its figure 1: the gap to full tuning closes as models grow.
+#   TinyLM is at the wrong end of that figure. Liu et al. 2021 (2103.10385), §3: P-Tuning. Li and Liang 2021 (2101.00190),
+#   §4: prefix tuning. Liu et al. 2021 (2110.07602): P-Tuning v2, prefixes again.
+# - He et al. 2022, *Towards a Unified View of Parameter-Efficient Transfer Learning* (2110.04366): all of these as one
+#   formula with four choices, among them the place, beside or behind, that sections 1 and 2 are about.
 # - Hu et al. 2021 (2106.09685), §3: why LoRA's authors set it apart from both families.
 # - *Learning Rate Matters* (2602.04998): variants of LoRA end close together once each has a rate of its own.
