@@ -516,18 +516,18 @@ plots.show(
 # has gained 0.71 nats a token, BitFit 0.66, a prompt of 64 tokens 0.27, P-Tuning with as many 0.15. (IA)³ is where BitFit
 # is, with half the numbers. All this is TinyLM, 100 steps of 4 × 192 tokens, three seeds.
 #
-# **Why.** A prompt is one more text to read. It can move attention and no weight, so it can only ask the model for what
-# it does already; and this model has learned code, from which docstrings are far. Prefixes say something in each layer,
-# and do better with the same number of tokens. What acts on the stream or on the matrices changes what is computed for
-# each token.
+# **A likely reason.** A prompt is one more text to read. It can move attention and no weight, so it can only ask the
+# model for what it does already; and this model has learned code, from which docstrings are far. Prefixes say something
+# in each layer, and do better with the same number of tokens. What acts on the stream or on the matrices changes what is
+# computed for each token.
 #
-# LoRA on *all* matrices, embedding and head too, gets to 4.70 with 124 000 numbers, further than on the blocks with 172
-# 800. Four fifths of TinyLM are in these two tables, and a new kind of text has other words; a large model with a smaller
-# share in them need not behave so.
+# LoRA on *all* matrices, embedding and head too, gets to 4.70 with 124 000 numbers, further than on the blocks with
+# 172 800. Four fifths of TinyLM are in these two tables, and a new kind of text has other words; a large model with a
+# smaller share in them need not behave so.
 #
 # P-Tuning is *behind* prompt tuning here at both lengths, 5.91 against 5.84 and 5.87 against 5.74. Its network was meant
 # to make training easier, and its file is the same. But this prompt starts as words, and P-Tuning's tokens start as what
-# an untrained network gives.
+# an untrained network gives; whether that is the reason was not tried.
 #
 # A method at a time: where it acts, how many numbers it has, and where it stands.
 
@@ -624,9 +624,9 @@ plots.show(
 figure, axes = plots.subplots(size=(7.2, 3.2))
 for method, (_, repeats) in by_method(far, y="code").items():
     gains = [untuned["far"]["test"] - mean(values) for values in by_method(far)[method][1]]
-    lost = [mean(values) - untuned["far"]["code"] for values in repeats]
+    losses = [mean(values) - untuned["far"]["code"] for values in repeats]
     with plots.style():
-        axes.plot(gains, lost, LOOKS[method][1], color=LOOKS[method][0], linestyle="-", label=NAMES[method])
+        axes.plot(gains, losses, LOOKS[method][1], color=LOOKS[method][0], linestyle="-", label=NAMES[method])
 axes.set(xlabel="gained on docstrings, nats a token", ylabel="lost on code, nats a token")
 legend_beside(figure, axes)
 code = {key: mean([row["code"] for row in runs]) - untuned["far"]["code"] for key, runs in far.items()}
@@ -1207,6 +1207,8 @@ print(exercises.check_08_6(p_value))
 # - Lester et al. 2021 (2104.08691), §2: prompt tuning, and its figure 1: the gap to full tuning closes as models grow.
 #   TinyLM is at the wrong end of that figure. Liu et al. 2021 (2103.10385), §3: P-Tuning. Li and Liang 2021 (2101.00190),
 #   §4: prefix tuning. Liu et al. 2021 (2110.07602): P-Tuning v2, prefixes again.
+# - Petrov, Torr and Bibi 2023, *When Do Prompting and Prefix-Tuning Work?* (2310.19698): why a prefix can bring out what
+#   a model can do, and hardly teach it what it can't.
 # - He et al. 2022, *Towards a Unified View of Parameter-Efficient Transfer Learning* (2110.04366): all of these as one
 #   formula with four choices, among them the place, beside or behind, that sections 1 and 2 are about.
 # - Hu et al. 2021 (2106.09685), §3: why LoRA's authors set it apart from both families.
