@@ -892,17 +892,17 @@ texts = {
 assert all(set(each) == set(ONE_SIZE) for each in (*prices.values(), *texts.values()))
 
 # %% tags=["nbval-ignore-output"]
-fronts = explore.price_and_quality(prices, texts, units)
-front = lambda price, text: fronts.pictures[price, text].sentence.partition(" Beaten: ")[0]
-numbers_and_memory = [front(price, "docstrings") for price in list(prices)[:3]]
-assert not any("P-Tuning" in each for each in numbers_and_memory) and all(
-    "LoRA" in each for each in numbers_and_memory
-)
-named = [NAMES[m] for m in ONE_SIZE if NAMES[m] in numbers_and_memory[2]]
-assert named == ["full tuning", "LoRA", "bottleneck adapters", "BitFit"]
-assert "Not beaten: full tuning (4.51)." in front("time of a token", "docstrings")
-assert "Not beaten: P-Tuning (3.86)." in front("numbers stored", "code")
-fronts
+study = explore.price_and_quality(prices, texts, units)
+stay = {values: picture.sentence.partition(" Beaten: ")[0] for values, picture in study.pictures.items()}
+first_three = [
+    stay[price, "docstrings"] for price in ("numbers stored", "numbers trained", "training memory")
+]
+assert all("LoRA" in each and "P-Tuning" not in each for each in first_three)
+named = [method for method in ONE_SIZE if f"{NAMES[method]} (" in first_three[2]]
+assert named == ["full", "lora", "bottleneck", "bitfit"]
+assert "Not beaten: full tuning (4.51)." in stay["time of a token", "docstrings"]
+assert "Not beaten: P-Tuning (3.86)." in stay["numbers stored", "code"]
+study
 
 # %% [markdown]
 # For docstrings, LoRA is on the front by numbers stored, by numbers trained and by memory, P-Tuning on none of these:
@@ -1019,6 +1019,7 @@ assert (
     abs(agreement["accuracy"] - 31 / 35) < 1e-9
     and permutation_p(ours["accuracy"], theirs["accuracy"]) < 0.035
 )
+assert 1_000 < published["full"]["trained"] / 2_728_000 < 1_200
 assert abs(agreement["memory"] - 5 / 7) < 1e-9 and published["prompt"]["trained"] == 200 * 3_072
 assert published["lora"]["trained"] == 28 * 32 * ((3_072 + 3_072) + (3_072 + 1_024))  # query and value
 one, other = published["p-tuning"], published["prompt"]
