@@ -1,17 +1,17 @@
 """What each way of tuning costs beside its loss: memory of a step, seconds of a step, of a token, bytes on disk.
 
-    python benchmarks/methods.py [--repeats 5] [--rounds 25] [--layers 12] [--models TinyLM GPT-2] [--only …]
+    python benchmarks/methods.py [--repeats 3] [--rounds 15] [--layers 6] [--timed-layers 4] [--models …] [--only …]
 
 The methods are those of the recorded runs, each at a middle size. Two models: TinyLM with its trained weights, on 4
-texts of 192 tokens with fit's loss, which goes through the logits in slices; and GPT-2 (12 layers of width 768) with
-random weights and a vocabulary of 5 000 of its own at either end, so that logits don't hide the rest, on 2 texts of 64
-tokens, no dropout. Everything in float32, on one thread.
+texts of 192 tokens with fit's loss, which goes through the logits in slices; and GPT-2 (6 layers of width 768; 4 where
+something is timed) with random weights, a vocabulary of 5 000, so that logits don't hide the rest, and a head of its
+own, on 2 texts of 64 tokens, no dropout. Everything in float32, on one thread.
 
 - `memory`: the most that is private to a process at any moment of two training steps, over what it had with the model
-  loaded and nothing else; a process for each method. glibc is told to give freed memory back at once
+  loaded and nothing else; a process (a fork) for each method. glibc is told to give freed memory back at once
   (MALLOC_MMAP_THRESHOLD_), so that this is memory in use. Beside it what `counting.training_memory` predicts, part by
-  part, less the weights that were there before. On TinyLM the softmax, which the sliced loss never keeps, is left out
-  of the prediction and the gradient of the hidden states, which it keeps instead, is in it; `all logits` is the plain
+  part, less the weights that were there before. With fit's loss on TinyLM the softmax, which is never kept, is left out
+  of the prediction, and the gradient of the hidden states, which is kept instead, is in it; `all logits` is the plain
   loss. The prediction adds up what is alive in a step; activations go while gradients come, so less is alive at once,
   and the logits and their gradient, temporaries, come on top.
 - `steps`: seconds of processor time of a training step (loss, gradients, AdamW), methods in turns in an order that
@@ -35,9 +35,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -58,6 +61,7 @@ from lora_edu.tuning import fold_ia3, fold_p_tuning, save_tuned, stored_paramete
 
 RESULTS = Path(__file__).parent / "results"
 TINY, GPT2 = "TinyLM", "GPT-2"
+LOSSES = {TINY: ("in slices", "all logits"), GPT2: ("all logits",)}
 BATCHES = {TINY: (4, 192), GPT2: (2, 64)}
 VOCABULARY = 5_000
 TRAINED = {  # name → method and size
@@ -115,6 +119,7 @@ def architecture(kind: str, layers: int) -> counting.Architecture:
 
 def put_on(model: nn.Module, method: str, size: int | None) -> nn.Module:
     if method in TARGETS and not isinstance(model, TinyLM):
+        torch.manual_seed(0)  # as `apply` does: merged and not merged are then the same adapter
         return add_lora(model, size, size, TARGETS[method])
     return apply(model, method, size)
 
@@ -133,7 +138,7 @@ def tokens(kind: str, batch: int, time: int) -> Tensor:
 
 def full_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """All logits at once."""
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits(model, inputs).flatten(0, 1), targets.flatten())
 
 
 def training_step(
@@ -159,21 +164,44 @@ def batch(kind: str) -> tuple[Tensor, Tensor]:
 # ---- memory --------------------------------------------------------------------------------------------------
 
 
-def memory_here(kind: str, name: str, layers: int, loss: str) -> dict:
-    """In a process of its own: the most that two steps take over the model."""
+def memory_here(kind: str, layers: int) -> list[dict]:
+    """Every method in a fork of this process, which has the model and has done no step: what two steps take over it."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    small = nn.Linear(8, 8)
-    warm = training_step(
-        small, torch.ones(2, 8), torch.ones(2, 8), lambda model, x, y: F.mse_loss(model(x), y)
-    )
-    warm()  # what torch loads at its first step, once for all sizes, is no part of a method
-    model, (inputs, targets) = base(kind, layers), batch(kind)
+    model, rows = base(kind, layers), []
+    small = nn.Parameter(torch.zeros(1))
+    small.grad = torch.zeros(1)
+    torch.optim.AdamW(
+        [small]
+    ).step()  # loads modules, once for all forks; no backward pass, which forks can't share
+    for loss in LOSSES[kind]:
+        for name in TRAINED:
+            read, write = os.pipe()
+            child = os.fork()
+            if not child:
+                try:
+                    os.write(write, str(peak_of(kind, model, name, loss)).encode())
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(0)  # never back into the parent's loop
+            os.close(write)
+            with os.fdopen(read) as pipe:
+                said = pipe.read()
+            if os.waitpid(child, 0)[1] or not said:
+                raise SystemExit(f"{name} on {kind} failed")
+            rows.append({"model": kind, "loss": loss, "way": name, "peak_bytes": int(said)})
+    return [row | {"model_bytes": sum(4 * each.numel() for each in model.parameters())} for row in rows]
+
+
+def peak_of(kind: str, model: nn.Module, name: str, loss: str) -> int:
+    # What torch loads and allocates at its first step, once for all sizes, is no part of a method.
+    training_step(nn.Linear(8, 8), torch.ones(2, 8), torch.ones(2, 8), lambda m, x, y: F.mse_loss(m(x), y))()
+    inputs, targets = batch(kind)
     with torch.no_grad():
         model(inputs[:1, :2])
-    size = sum(4 * each.numel() for each in model.parameters())
     gc.collect()
-    watch = Peak(every=0.002)
+    watch = Peak()
     alone = watch.look()
     watch.most = 0
     watch.start()
@@ -183,7 +211,7 @@ def memory_here(kind: str, name: str, layers: int, loss: str) -> dict:
         step()
         watch.look()
     watch.going = False
-    return {"peak_bytes": watch.most - alone, "model_bytes": size}
+    return watch.most - alone
 
 
 def predicted(kind: str, name: str, layers: int, loss: str) -> dict:
@@ -205,31 +233,23 @@ def predicted(kind: str, name: str, layers: int, loss: str) -> dict:
 
 
 def memory(kind: str, options: argparse.Namespace) -> list[dict]:
+    if not hasattr(os, "fork"):
+        raise SystemExit(
+            "memory is measured in forks, which this system doesn't have; leave it out with --only"
+        )
+    line = [sys.executable, __file__, "--memory-of", kind, "--layers", str(options.layers)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        line, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+    )
     rows = []
-    for loss in ("in slices", "all logits") if kind == TINY else ("plain",):
-        for name in TRAINED:
-            line = [
-                sys.executable,
-                __file__,
-                "--memory-of",
-                kind,
-                name,
-                loss,
-                "--layers",
-                str(options.layers),
-            ]
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                line, check=True, capture_output=True, text=True, encoding="utf-8", env=environment
-            )
-            row = {"model": kind, "loss": loss, "way": name} | json.loads(done.stdout.splitlines()[-1])
-            rows.append(row | predicted(kind, name, options.layers, loss))
-            row = rows[-1]
-            print(
-                f"{kind:7} {loss:10} {name:18} {format_bytes(row['peak_bytes']):>9} at the peak, "
-                f"{format_bytes(row['predicted_bytes']):>9} predicted",
-                flush=True,
-            )
+    for row in json.loads(done.stdout.splitlines()[-1]):
+        rows.append(row | predicted(kind, row["way"], options.layers, row["loss"]))
+        print(
+            f"{kind:7} {row['loss']:10} {row['way']:18} {format_bytes(row['peak_bytes']):>9} at the peak, "
+            f"{format_bytes(rows[-1]['predicted_bytes']):>9} predicted",
+            flush=True,
+        )
     return rows
 
 
@@ -243,7 +263,7 @@ def shared(model: nn.Module) -> nn.Module:
 
 
 def steps(kind: str, options: argparse.Namespace) -> list[dict]:
-    frozen, inputs_targets = base(kind, options.layers), batch(kind)
+    frozen, inputs_targets = base(kind, options.timed_layers), batch(kind)
     calls = {}
     for name, (method, size) in TRAINED.items():
         own = method in ("full", "bitfit")  # these train the model's own numbers
@@ -271,14 +291,19 @@ class Reading:
     @torch.no_grad()
     def __init__(self, model: nn.Module, ids: Tensor):
         output = model(input_ids=ids, use_cache=True)
-        self.model, self.cache = model, output.past_key_values
+        # transformers calls it `cache` or, before, `past_key_values`
+        self.name = next(
+            name for name in ("cache", "past_key_values") if name in signature(model.forward).parameters
+        )
+        self.model, self.cache = model, output[self.name]
         self.next = output.logits[:, -1:].argmax(-1)
 
     @torch.no_grad()
-    def token(self) -> None:
-        """One token, and the cache as it was before."""
-        self.model(input_ids=self.next, past_key_values=self.cache, use_cache=True)
+    def token(self) -> Tensor:
+        """(1, vocabulary) logits after one more token, and the cache as it was before."""
+        output = self.model(input_ids=self.next, use_cache=True, **{self.name: self.cache})
         self.cache.crop(-1)
+        return output.logits[:, -1]
 
     def cached(self) -> int:
         return self.cache.get_seq_length()
@@ -307,7 +332,7 @@ def used(kind: str, layers: int) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def generated(kind: str, options: argparse.Namespace) -> list[dict]:
-    models, ids = used(kind, options.layers), tokens(kind, 1, TEXT)
+    models, ids = used(kind, options.timed_layers), tokens(kind, 1, TEXT)
     off = {
         name: float(
             (logits(models[name], ids) - logits(models[twin], ids)).abs().max()
@@ -337,7 +362,7 @@ def generated(kind: str, options: argparse.Namespace) -> list[dict]:
                 over[name],
             )
             row["cached_tokens"] = read[name].cached()
-            row["cache_bytes"] = 4 * 2 * options.layers * 768 * read[name].cached()
+            row["cache_bytes"] = 4 * 2 * options.timed_layers * 768 * read[name].cached()
     for row in rows:
         if row["way"] in off:
             row["largest_difference_over_std_of_logits"] = off[row["way"]]
@@ -385,7 +410,7 @@ PARTS = {"memory": memory, "steps": steps, "tokens": generated, "disk": disk}
 def draw(record: dict) -> bytes:
     figure, axes = plots.subplots(2, 2, size=(9.2, 6.4))
     for axis, kind in zip(axes[0], (TINY, GPT2), strict=True):
-        rows = [row for row in record["memory"] if row["model"] == kind and row["loss"] != "all logits"]
+        rows = [row for row in record["memory"] if row["model"] == kind and row["loss"] == LOSSES[kind][0]]
         names = [row["way"] for row in rows]
         measured = [row["peak_bytes"] / 1e6 for row in rows]
         plots.bars(axis, names, measured, [plots.BLUE] * len(rows), [f"{each:.0f}" for each in measured])
@@ -409,42 +434,46 @@ def draw(record: dict) -> bytes:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("repeats", 5), ("rounds", 25), ("layers", 12)):
+    for name, value in (("repeats", 3), ("rounds", 15), ("layers", 6), ("timed-layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--models", nargs="+", default=[TINY, GPT2], choices=[TINY, GPT2])
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.memory_of:
-        kind, name, loss = options.memory_of
-        print(json.dumps(memory_here(kind, name, options.layers, loss)))
+        print(json.dumps(memory_here(options.memory_of, options.layers)))
         return
-    import transformers
-
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     given = f"--repeats {options.repeats} --rounds {options.rounds} --layers {options.layers}"
+    given += f" --timed-layers {options.timed_layers}"
     head = {
         "command": f"python benchmarks/methods.py {given}",
-        "where": f"1 CPU thread, torch {torch.__version__}, transformers {transformers.__version__}, "
+        "where": f"1 CPU thread, torch {torch.__version__}, transformers {version('transformers')}, "
         f"{platform.system()} {platform.machine()}",
         "settings": {"texts and tokens of a step": BATCHES, "text before a token": TEXT, "dtype": "float32"},
     }
     head = json.loads(json.dumps(head))  # as it is read back
-    path = options.results / "methods.json"
+    for part in options.only:
+        for kind in options.models:
+            began = time.perf_counter()
+            rows = PARTS[part](kind, options)
+            print(f"{part} of {kind}: {time.perf_counter() - began:.0f} s", flush=True)
+            keep(options.results, head, part, kind, rows)
+
+
+def keep(folder: Path, head: dict, part: str, kind: str, rows: list[dict]) -> None:
+    """Put the rows into the file, beside what the same settings gave before; the picture once all is there."""
+    path = folder / "methods.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     same = all(earlier.get(key) == head[key] for key in head)
-    record = head | {part: earlier.get(part, []) if same else [] for part in PARTS}
-    for part in options.only:
-        began = time.perf_counter()
-        new = [row for kind in options.models for row in PARTS[part](kind, options)]
-        kept = [row for row in record[part] if row["model"] not in options.models]
-        record[part] = sorted(new + kept, key=lambda row: row["model"] != TINY)
-        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
-        write_json(path, record)
-    if all({row["model"] for row in record[part]} == {TINY, GPT2} for part in PARTS):
-        write_atomically(options.results / "methods.png", draw(record))
+    record = head | {each: earlier.get(each, []) if same else [] for each in PARTS}
+    others = [row for row in record[part] if row["model"] != kind]
+    record[part] = sorted(rows + others, key=lambda row: row["model"] != TINY)
+    write_json(path, record)
+    if all({row["model"] for row in record[each]} == {TINY, GPT2} for each in PARTS):
+        write_atomically(folder / "methods.png", draw(record))
 
 
 if __name__ == "__main__":
