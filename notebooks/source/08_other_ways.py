@@ -654,8 +654,19 @@ plots.show(
 #
 # ## 6 · The near task
 #
-# Now a model that knows docstrings already, and docstrings of files that it has not seen. There is little to learn. Does
-# that change who is good? As a share of what full tuning gains:
+# Now a model that knows docstrings already, and docstrings of files that it has not seen. There is little to learn.
+
+# %%
+explore.predict(
+    "On this near task, which share of full tuning's gain do the methods get that barely move the model, compared with the far "
+    "task?",
+    {
+        "a larger share": "One would think so: the model knows how docstrings sound, so a nudge should do. But then full tuning "
+        "would have no more to learn from these files than a nudge teaches. Look at the bars.",
+        "the same share": "Look at the bars: the order stays, the shares don't.",
+        "a smaller share": "Yes, each of them. What is left to learn is not how docstrings sound, and it takes more numbers.",
+    },
+)
 
 # %% tags=["nbval-ignore-output"]
 both_tasks = [method for method, size in ONE_SIZE.items() if (method, size) in near]
@@ -670,14 +681,20 @@ print(
 )
 figure, axes = plots.subplots(size=(7.2, 3.6))
 plots.paired_bars(axes, shares, xlabel="share of full tuning's gain")
-axes.set_xlim(min(0, *shares["near"].values(), *shares["far"].values()), 1.3 * max(shares["near"].values()))
-assert whole["near"] < whole["far"] / 2 and set(both_tasks) == set(ONE_SIZE)
+axes.set_xlim(min(0, *shares["near"].values()), 1.3)
+assert whole["near"] < whole["far"] / 4 and set(both_tasks) == set(ONE_SIZE)
+others = [NAMES[method] for method in ONE_SIZE if method != "full"]
+assert all(shares["near"][name] < shares["far"][name] for name in others)
 plots.show(
     figure, "What each method gains, as a share of what full tuning gains, on the far and on the near task."
 )
 
 # %% [markdown]
-# NUMBER (near task: methods that barely move the model).
+# **The nearer task is the harder one for small methods.** Every one of them gets a smaller share of full tuning's gain
+# than on the far task: NUMBER (LoRA NUMBER %, bottleneck adapters NUMBER %, prompt tuning NUMBER %). From code to
+# docstrings much of the gain is *how* docstrings sound, and little suffices for that. This model knows how they sound.
+# What full tuning still learns from 100 steps of them is likely *what* these files talk about, names and words that come
+# again in the held-out pieces of the same files; and for that many numbers help.
 #
 # ## 7 · What it costs
 #

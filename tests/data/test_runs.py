@@ -15,6 +15,7 @@ def test_reading_a_row_loads_neither_training_nor_tuning_nor_lora():
     assert done.stdout.split() == [
         "lora_edu",
         "lora_edu.data",
+        "lora_edu.data.comparison",
         "lora_edu.data.corpus",
         "lora_edu.data.runs",
         "lora_edu.data.shipped",
