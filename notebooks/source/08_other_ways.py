@@ -412,7 +412,7 @@ assert budget == 43_200 and budget // 100 == 432 > 256 and budget // 1200 == 36
 # What 'better' means depends on what is held equal. In the recorded runs:
 #
 # - **the same task**: the base model, which knows code, is tuned on docstrings (*far*); or a model that knows docstrings
-#   is tuned on docstrings of other files (*near*);
+#   is tuned on docstrings of other files, with every fourth piece of these kept for the test (*near*);
 # - **the same tokens**: 100 steps of 4 × 192, the same windows in the same order. 192, so that 64 virtual tokens still
 #   fit into the model's 256 positions. A second budget of 400 steps for those that are slow;
 # - **a learning rate of its own** for each method, at its smallest and at its largest size: five rates or more, a factor
