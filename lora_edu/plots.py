@@ -17,11 +17,12 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import LightSource, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Ellipse, Patch, Polygon, Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -749,3 +750,247 @@ def level_grid(axes: Axes, grid, rows: Sequence, columns: Sequence, high: float 
     axes.grid(False)
     axes.set(**labels)
     return image
+
+
+# --- every other way to tune ---------------------------------------------------------------------------
+
+# What a frozen model has, by name: (left, bottom, width, height) of a box, and what stands in it.
+_BLOCK = {
+    "embedding": ((1.35, 3.2, 1.2, 2.2), "embed-\nding"),
+    "norm 1": ((4.05, 2.6, 0.4, 2.6), ""),
+    "query": ((5.1, 5.2, 1.0, 1.0), "query"),
+    "key": ((5.1, 3.4, 1.0, 1.0), "key"),
+    "value": ((5.1, 1.6, 1.0, 1.0), "value"),
+    "attention": ((7.9, 0.85, 1.15, 5.35), "atten-\ntion"),
+    "output": ((9.75, 3.4, 1.0, 1.0), "output"),
+    "norm 2": ((13.0, 2.6, 0.4, 2.6), ""),
+    "up": ((14.0, 3.0, 0.9, 1.8), "up"),
+    "down": ((16.6, 3.0, 0.9, 1.8), "down"),
+    "norm 3": ((20.0, 2.6, 0.4, 2.6), ""),
+    "head": ((20.95, 2.8, 0.8, 2.2), "head"),
+}
+_FLOW = 3.9  # the height at which everything goes from left to right
+_SUMS = (12.55, 19.45)  # where what attention and the MLP give is added
+_WIRES = [
+    [(2.4, _FLOW), (21.0, _FLOW)],
+    *([(4.6, _FLOW), (4.6, y), (8.0, y)] for y in (5.7, 2.1)),  # queries and values; keys go along the middle
+    *([(x, _FLOW), (x, 6.75), (to, 6.75), (to, _FLOW)] for x, to in zip((3.75, 12.75), _SUMS, strict=True)),
+    [(2.3, 2.25), (3.4, 2.25), (3.4, _FLOW)],  # virtual tokens go the text's way
+    [(6.5, 0.5), (7.23, 0.5), (7.23, 3.3)],
+    *([(7.23, y), (8.0, y)] for y in (3.12, 1.32)),
+]
+_IN_BLOCKS = ("query", "key", "value", "output", "up", "down")
+# Part that a method may train → (left, bottom, width, height) of its boxes; the other parts are made from _BLOCK.
+_BOXES = {
+    "virtual tokens": [(2.9, 2.3, 0.42, 0.42), (2.9, 1.8, 0.42, 0.42)],
+    "prompt encoder": [(1.1, 1.75, 1.2, 1.0)],
+    "prefix": [(7.05, y + dy, 0.36, 0.36) for y in (2.72, 0.92) for dy in (0, 0.44)],
+    "prefix encoder": [(5.2, 0.15, 1.3, 0.75)],
+}
+_SCALES = [(6.55, 3.9), (6.55, 2.1), (15.95, 3.9)]  # on keys, on values, behind the GELU
+_NARROW = [(11.2, 3.3, 0.85, 1.2), (17.95, 3.3, 0.85, 1.2)]  # after attention and after the MLP
+PARTS = (
+    "weights",
+    "biases",
+    "scales",
+    "bottlenecks",
+    "LoRA",
+    "LoRA at the ends",
+    *_BOXES,
+)
+
+
+@style()
+def where_it_acts(
+    axes: Axes, lit: Sequence[str] = (), colour: str = BLUE, words: bool = True
+) -> list[Artist]:
+    """A transformer from left to right, one block of it drawn, with the parts that a method trains in `colour`.
+
+    lit: names from PARTS. What the model has is grey and stays where it is; what a method adds is drawn faintly until
+    it is lit, so that pictures of two methods differ in that alone. words: what the boxes are called.
+    Raises ValueError for a part that is none.
+    """
+    if strangers := sorted(set(lit) - set(PARTS)):
+        raise ValueError(f"the parts are {', '.join(PARTS)}; got {strangers[0]!r}")
+    whole = lambda name: "weights" in lit and name != "attention"
+    boxes = {name: Rectangle(box[:2], *box[2:]) for name, (box, _) in _BLOCK.items()}
+    added = _added_parts()
+    text = [Rectangle((2.9, 3.35 + 0.5 * place), 0.42, 0.42) for place in range(3)]
+    grey = [*(box for name, box in boxes.items() if not whole(name)), *text]
+    trained = [*(box for name, box in boxes.items() if whole(name))]
+    trained += [shape for part in lit for shape in added.get(part, ())]
+    faint = [shape for part, shapes in added.items() if part not in lit for shape in shapes]
+    outline = {"facecolors": "white", "edgecolors": "#c4c4c4", "linewidths": 0.7, "linestyles": (0, (2, 1.5))}
+    drawn: list[Artist] = [
+        LineCollection(_WIRES, colors="#9a9a9a", linewidths=1, zorder=1),
+        PatchCollection(grey, facecolors="#d4d4d4", linewidths=0, zorder=2),
+        PatchCollection(faint, zorder=3, **outline),
+        PatchCollection(trained, facecolors=colour, linewidths=0, zorder=4),
+        PatchCollection(
+            [Ellipse((x, _FLOW), 0.55, 0.9) for x in _SUMS],
+            facecolors="white",
+            edgecolors="#9a9a9a",
+            linewidths=1,
+            zorder=5,
+        ),
+    ]
+    for each in drawn:
+        axes.add_collection(each, autolim=False)
+    drawn += _words(axes, {name for name in _BLOCK if whole(name)}) if words else []
+    for each in drawn:  # they stay inside the axes, and layout need not look at each of them
+        each.set_in_layout(False)
+    axes.set(xlim=(0.6, 22.2), ylim=(0, 7.6))
+    axes.set_axis_off()
+    return drawn
+
+
+def _added_parts() -> dict[str, list[Patch]]:
+    """Part → its shapes: beside each matrix B (a column) and A (a row), on the edge of each layer its bias, …"""
+    boxes: dict[str, list] = {"LoRA": [], "LoRA at the ends": [], "biases": []} | _BOXES
+    for name, ((left, bottom, width, height), _) in _BLOCK.items():
+        if name in (*_IN_BLOCKS, "embedding", "head"):
+            part = "LoRA" if name in _IN_BLOCKS else "LoRA at the ends"
+            boxes[part] += [(left - 0.3, bottom, 0.18, height), (left, bottom + height + 0.15, width, 0.22)]
+        if name in _IN_BLOCKS or name.startswith("norm"):
+            boxes["biases"].append((left + width - 0.02, bottom, 0.16, height))
+    parts: dict[str, list[Patch]] = {
+        part: [Rectangle(each[:2], *each[2:]) for each in them] for part, them in boxes.items()
+    }
+    parts["scales"] = [Ellipse(centre, 0.5, 0.8) for centre in _SCALES]
+    parts["bottlenecks"] = []
+    for left, bottom, width, height in _NARROW:
+        right, top, middle, waist = left + width, bottom + height, left + width / 2, 0.36 * height
+        left_side = [(middle, top - waist), (left, top), (left, bottom), (middle, bottom + waist)]
+        parts["bottlenecks"].append(Polygon([*left_side, (right, bottom), (right, top)]))
+    return parts
+
+
+def _words(axes: Axes, on_colour: set[str]) -> list[Artist]:
+    """What the boxes are called, white in those of `on_colour`, and the words beside them."""
+    middle = {"ha": "center", "va": "center", "zorder": 6}
+    drawn: list[Artist] = []
+    for name, ((left, bottom, width, height), label) in _BLOCK.items():
+        at = left + width / 2, bottom + height / 2
+        look = middle | {"size": 7, "color": "white" if name in on_colour else BLACK}
+        drawn.append(axes.text(*at, label, **look))
+    for x in _SUMS:
+        drawn.append(axes.text(x, _FLOW, "+", size=10, **middle))
+    for x, y, word in ((3.1, 5.1, "text"), (15.45, _FLOW - 0.75, "GELU"), (11.6, 7.25, "one of the blocks")):
+        drawn.append(axes.text(x, y, word, size=7, color="#555555", **middle))
+    return drawn
+
+
+@style()
+def quality_against(
+    axes: Axes,
+    series: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]],
+    looks: Mapping[str, tuple[str, str]],
+    others: Mapping[str, Sequence[float]] | None = None,
+    **labels,
+) -> list[Artist]:
+    """Points joined by name over a logarithmic x: the mean of the repeats, and a bar from the lowest to the highest.
+
+    series: name → (x, repeats at each x); looks: name → (colour, marker). others: name → a second x for each point, a
+    hollow mark joined to the first by a dotted line (what is trained where x is what is stored). `labels`: Axes.set.
+    """
+    drawn: list[Artist] = []
+    for name, (x, repeats) in series.items():
+        colour, marker = looks[name]
+        means = [sum(values) / len(values) for values in repeats]
+        drawn += axes.plot(x, means, color=colour, marker=marker, markersize=5.5, linewidth=1.2, label=name)
+        drawn.append(axes.vlines(x, [min(v) for v in repeats], [max(v) for v in repeats], color=colour))
+        for at, second, y in zip(x, (others or {}).get(name, x), means, strict=True):
+            if second != at:
+                drawn += axes.plot([at, second], [y, y], ":", color=colour, linewidth=1)
+                drawn += axes.plot(second, y, marker, color=colour, markerfacecolor="white", markersize=5.5)
+    axes.set(**{"xscale": "log"} | labels)
+    axes.xaxis.set_minor_locator(NullLocator())
+    return drawn
+
+
+@style()
+def rate_panels(
+    panels: Mapping[str, Mapping[str, Mapping[float, float | None]]], columns: int = 5, **labels
+) -> Figure:
+    """Small panels with one y: loss against learning rate, a line for each size, its best rate ringed.
+
+    panels: title → name of the line → rate → loss, None where the run blew up (marked at the top). A best rate with
+    none tried on one side of it gets a red square instead of the ring. `labels` go to Axes.set.
+    """
+    rows = -(-len(panels) // columns)
+    made, grid = subplots(rows, columns, size=(7.2, 1.9 * rows), sharey=True, squeeze=False)
+    highest = max(
+        each for lines in panels.values() for line in lines.values() for each in line.values() if each
+    )
+    for axes, (title, lines) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=("", {})):
+        axes.set_visible(bool(lines))
+        for (name, losses), colour in zip(lines.items(), PALETTE, strict=False):
+            tried = sorted(losses)
+            went = [rate for rate in tried if losses[rate] is not None]
+            axes.plot(
+                went, [losses[rate] for rate in went], color=colour, marker=".", linewidth=1.1, label=name
+            )
+            axes.plot(
+                [r for r in tried if losses[r] is None],
+                [highest] * (len(tried) - len(went)),
+                "x",
+                color=colour,
+            )
+            best = min(went, key=losses.get)
+            edge = best in (tried[0], tried[-1])
+            ring = {"marker": "s", "color": "red"} if edge else {"marker": "o", "color": colour}
+            axes.plot(best, losses[best], markersize=9, markerfacecolor="none", linestyle="", **ring)
+        if len(lines) > 1:
+            axes.legend(fontsize=7, handlelength=1, loc="upper center", borderaxespad=0)
+        axes.set_title(title, size=8)
+        axes.set(**{"xscale": "log"} | labels)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.tick_params(labelsize=7)
+    return made
+
+
+@style()
+def before_and_after(
+    axes: Axes, values: Mapping[str, tuple[float, float]], names: tuple[str, str], **labels
+) -> list[Artist]:
+    """A row for each name from the top down: two values on one line, an arrow from the first to the second.
+
+    names: what the two are called, in the legend. `labels` go to Axes.set.
+    """
+    rows = range(len(values))
+    first, second = ([pair[place] for pair in values.values()] for place in (0, 1))
+    drawn: list[Artist] = list(axes.plot(first, rows, "o", color=GREY, label=names[0]))
+    drawn += axes.plot(second, rows, "o", color=BLUE, markersize=6.5, label=names[1])
+    drawn.append(axes.hlines(rows, first, second, color=BLUE, linewidth=1.2, zorder=1))
+    axes.set_yticks(rows, list(values))
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.legend()
+    axes.set(**labels)
+    return drawn
+
+
+@style()
+def price_and_quality(
+    axes: Axes, points: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[str, str]], **labels
+) -> tuple[list[Artist], list[str]]:
+    """Points (price, loss) by name, and the stairs of those that no other beats on both; (artists, their names).
+
+    looks: name → (colour, marker). A point is beaten by one that is nowhere worse and somewhere better.
+    """
+    best = sorted(
+        (name for name in points if not any(_beats(other, points[name]) for other in points.values())),
+        key=points.get,
+    )
+    stairs = [points[name] for name in best]
+    drawn: list[Artist] = []
+    for name, (x, y) in points.items():
+        colour, marker = looks[name]
+        inside = colour if name in best else "white"
+        drawn += axes.plot(x, y, marker, color=colour, markerfacecolor=inside, markersize=7, label=name)
+    drawn += axes.step(*zip(*stairs, strict=True), where="post", color=GREY, linewidth=1, zorder=1)
+    axes.set(**labels)
+    return drawn, best
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] <= other[0] and one[1] <= other[1] and one != other

@@ -217,3 +217,22 @@ def tuned_rate(rows: Iterable[Mapping], task: str, method: str, size: int | None
             share = (math.log(size) - x0) / (x1 - x0)
             return float(f"{math.exp(y0 + (y1 - y0) * share):.2g}")
     return None
+
+
+def method_runs(
+    rows: Iterable[Mapping], task: str, steps: int
+) -> dict[tuple[str, int | None], list[Mapping]]:
+    """(method, size) → its rows at the tuned rate, by seed; in the order in which the rows name them.
+
+    A method whose rate isn't found (the best of its grid lies at the edge) and one that blew up with a seed there are
+    left out.
+    """
+    rows = [row for row in rows if (row["task"], row["steps"]) == (task, steps)]
+    found = {}
+    for method, size in dict.fromkeys((row["method"], row["size"]) for row in rows):
+        rate = tuned_rate(rows, task, method, size, steps)
+        about = {"method": method, "size": size, "rate": rate}
+        runs = [row for row in rows if about.items() <= row.items()]
+        if runs and all(row["test"] is not None for row in runs):
+            found[method, size] = sorted(runs, key=lambda row: row["seed"])
+    return found

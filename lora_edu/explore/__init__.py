@@ -17,6 +17,7 @@ from lora_edu.explore.intrinsic_dimension import full_rank_beside_low_rank, rand
 from lora_edu.explore.lora_embedding import bytes_moved, first_step, measured_on_a_gpu, roofline
 from lora_edu.explore.lora_linear import alpha_that_does_nothing, gradient_norms, seen_through
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
+from lora_edu.explore.other_ways import methods_and_sizes, price_and_quality
 from lora_edu.explore.prediction import Prediction, predict
 from lora_edu.explore.serve import high_then_cut, rounded_away, spent_by_rule, two_adapters
 from lora_edu.explore.start_here import what_each_rank_writes
@@ -43,9 +44,11 @@ __all__ = [
     "hidden_direction",
     "high_then_cut",
     "measured_on_a_gpu",
+    "methods_and_sizes",
     "noisy_photograph",
     "photograph_rank",
     "predict",
+    "price_and_quality",
     "published_spectra",
     "random_subspaces",
     "rank_and_shape",

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from lora_edu.data import load_sweeps
-from lora_edu.data.runs import UNBRACKETED, grid_of, inside_grid, name_of, run_of, tuned_rows
+from lora_edu.data.runs import UNBRACKETED, grid_of, inside_grid, method_runs, name_of, run_of, tuned_rows
 
 READERS = "from lora_edu.data.runs import best, by_dimension, levels, tuned_full, tuned_runs"
 LOADED = f"{READERS}\nimport sys\nprint(*sorted(m for m in sys.modules if m.startswith('lora_edu')))"
@@ -15,6 +15,7 @@ def test_reading_a_row_loads_neither_training_nor_tuning_nor_lora():
     assert done.stdout.split() == [
         "lora_edu",
         "lora_edu.data",
+        "lora_edu.data.comparison",
         "lora_edu.data.corpus",
         "lora_edu.data.runs",
         "lora_edu.data.shipped",
@@ -46,3 +47,31 @@ def test_no_recorded_row_is_called_tuned_at_the_edge_of_its_grid_unless_it_is_li
     for name, untried in UNBRACKETED.items():  # the rate that is missing lies beyond the edge
         grid = grid_of(rows, at_edge[name])
         assert untried < grid[0] == at_edge[name]["rate"] or untried > grid[-1] == at_edge[name]["rate"], name
+
+
+def _method(method: str, size: int | None, losses: dict[float, float | None], seed: int = 0) -> list[dict]:
+    about = {"task": "far", "method": method, "size": size, "steps": 100, "seed": seed}
+    return [about | {"rate": rate, "validation": loss, "test": loss} for rate, loss in losses.items()]
+
+
+def test_runs_of_a_method_are_those_at_the_rate_that_lies_between_others():
+    rows = _method("lora", 1, {0.01: 3.0, 0.02: 2.0, 0.04: 2.5}) + _method("lora", 1, {0.02: 2.2}, seed=1)
+    rows += _method("lora", 4, {0.01: 1.0, 0.02: 2.0, 0.04: 2.5})  # best at the edge: not tuned
+    rows += _method("prompt", 4, {0.01: 3.0, 0.02: 2.0, 0.04: None})  # blew up: a larger rate was tried
+    rows += _method("prompt", 4, {0.02: None}, seed=1)  # but another seed blew up at the best rate
+    rows += [row | {"steps": 400} for row in _method("full", None, {0.01: 3.0, 0.02: 2.0, 0.04: 2.5})]
+    found = method_runs(rows, "far", 100)
+    assert list(found) == [("lora", 1)]
+    assert [(row["rate"], row["seed"]) for row in found["lora", 1]] == [(0.02, 0), (0.02, 1)]
+    assert list(method_runs(rows, "far", 400)) == [("full", None)]
+
+
+def test_a_size_without_a_grid_has_the_rate_between_those_of_its_neighbours():
+    rows = _method("lora", 1, {0.02: 3.0, 0.04: 2.0, 0.08: 2.5}) + _method(
+        "lora", 16, {0.005: 3.0, 0.01: 2.0, 0.02: 2.5}
+    )
+    rows += _method("lora", 4, {0.02: 1.9})
+    found = method_runs(rows, "far", 100)
+    assert [row["rate"] for row in found["lora", 4]] == [
+        0.02
+    ]  # 4 is halfway from 1 to 16, as 0.02 from 0.04 to 0.01
