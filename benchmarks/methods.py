@@ -413,8 +413,10 @@ def draw(record: dict) -> bytes:
         rows = [row for row in record["memory"] if row["model"] == kind and row["loss"] == LOSSES[kind][0]]
         names = [row["way"] for row in rows]
         measured = [row["peak_bytes"] / 1e6 for row in rows]
-        plots.bars(axis, names, measured, [plots.BLUE] * len(rows), [f"{each:.0f}" for each in measured])
         marks = [row["predicted_bytes"] / 1e6 for row in rows]
+        clear = ["      " if mark > each else "" for each, mark in zip(measured, marks, strict=True)]
+        texts = [f"{space}{each:.0f}" for space, each in zip(clear, measured, strict=True)]
+        plots.bars(axis, names, measured, [plots.BLUE] * len(rows), texts)
         axis.plot(marks, range(len(rows)), "|", color=plots.VERMILION, markersize=13, markeredgewidth=2)
         axis.set(title=f"{kind}: memory of a step over the model", xlabel="MB (red: predicted)")
         axis.set_xlim(0, 1.25 * max(*measured, *marks))
