@@ -100,10 +100,7 @@ def wanted_far(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) ->
             )
     for method, sizes in SIZES.items():
         for size in sizes:
-            rate = tuned_rate(rows, "far", method, size, short)
-            if rate is not None:
-                about = {"task": "far", "method": method, "size": size, "steps": short, "rate": rate}
-                runs += [about | {"seed": seed} for seed in SEEDS]
+            runs += _seeds(rows, task="far", method=method, size=size, steps=short)
     return runs
 
 
@@ -115,10 +112,7 @@ def wanted_near(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -
         if far is None:
             continue
         runs += _grid(rows, far / 2, range(-1, 2), task="near", method=method, size=size, steps=short)
-        rate = tuned_rate(rows, "near", method, size, short)
-        if rate is not None:
-            about = {"task": "near", "method": method, "size": size, "steps": short, "rate": rate}
-            runs += [about | {"seed": seed} for seed in SEEDS]
+        runs += _seeds(rows, task="near", method=method, size=size, steps=short)
     return runs
 
 
@@ -145,6 +139,12 @@ def _grid(rows: list[Mapping], middle: float, places: Iterable[int], **about) ->
             break
         places = [places[0] - 1, *places] if best == places[0] else [*places, places[-1] + 1]
     return [run(place) for place in places]
+
+
+def _seeds(rows: list[Mapping], **about) -> list[dict]:
+    """Three seeds at the tuned rate; none as long as there is no such rate."""
+    rate = tuned_rate(rows, **about)
+    return [] if rate is None else [about | {"rate": rate, "seed": seed} for seed in SEEDS]
 
 
 def _validation(row: Mapping) -> float:
