@@ -583,9 +583,11 @@ assert max(spread.values()) < 0.06 and loss["p-tuning", 16] - loss["lora", 4] > 
 explore.predict(
     "Four times the steps. Do the methods that act before the text catch up with LoRA?",
     {
-        "yes, they were only slow": "They gain by it. So does LoRA: compare where the lines end.",
-        "they come nearer": "Compare the lengths of the lines, and where they end.",
-        "no": "Compare where the lines end with where LoRA's line begins.",
+        "yes, they were only slow": "Prefix tuning was slow, and gains most. But none of them reaches in 400 steps what LoRA "
+        "has after 100: compare where their lines end with where LoRA's begins.",
+        "they come nearer": "One of them a little, prefix tuning. Prompt tuning and P-Tuning fall further behind, since LoRA "
+        "gains by the steps, too.",
+        "no": "Yes. Prefix tuning comes a little nearer; prompt tuning and P-Tuning fall further behind.",
     },
 )
 
@@ -606,6 +608,9 @@ for method in sorted(more, key=more.get, reverse=True):
 slow = {"prompt", "p-tuning", "prefix"}
 assert slow < set(patient) and all(gain > 0 for gain in more.values())
 assert min(longer[method] for method in slow) > shorter["lora"] > longer["lora"]
+assert shorter["prefix"] > shorter["ia3"] and longer["prefix"] < longer["ia3"]
+for method, gain in {"prefix": 0.29, "lora": 0.26, "p-tuning": 0.12, "prompt": 0.11, "ia3": 0.10}.items():
+    assert abs(more[method] - gain) < 0.006, method
 plots.show(
     figure,
     f"With 400 steps prompt tuning has {longer['prompt']:.2f} and P-Tuning {longer['p-tuning']:.2f}; LoRA has "
@@ -613,7 +618,11 @@ plots.show(
 )
 
 # %% [markdown]
-# NUMBER (what more steps give).
+# **All gain, prefixes most.** With four times the steps prefix tuning gains another 0.29 nats a token, LoRA 0.26,
+# P-Tuning 0.12, prompt tuning 0.11 and (IA)³ 0.10 (TinyLM, far task, one seed). So prefixes were slow: they overtake
+# (IA)³, 5.15 against 5.25. Prompts and P-Tuning were not; they gain less than LoRA does, and the gap widens. None of the
+# three reaches after 400 steps what LoRA has after 100. 400 steps are few beside 30 000, and this model is small: what a
+# hundred times as many would give was not tried.
 #
 # ### What is forgotten
 #
@@ -863,7 +872,9 @@ each_token = timing.ratios(timing.in_turns(calls, repeats=15, warm=2), to="the b
 for name in sorted(each_token, key=each_token.get):
     print(f"{name:28} {each_token[name]:.2f} times the base's time for a token")
 assert each_token["prompt tuning, k = 64"] > 1.2 and each_token["LoRA, r = 4, not merged"] > 1.05
-assert 0.7 < each_token["LoRA, r = 4"] < 1.4 and each_token["LoRA, r = 4"] < each_token["prompt tuning, k = 64"]
+assert (
+    0.7 < each_token["LoRA, r = 4"] < 1.4 and each_token["LoRA, r = 4"] < each_token["prompt tuning, k = 64"]
+)
 
 # %% [markdown]
 # Merged, LoRA is the base with other numbers in it: the same layers, the same products. So are BitFit and folded (IA)³.
