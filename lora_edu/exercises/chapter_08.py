@@ -27,6 +27,8 @@ class Encoder(nn.Module):
         self.dense = nn.Linear(4, 4)
         self.relative_attention_bias = nn.Embedding(3, 2)
         self.norm = nn.LayerNorm(4)
+        self.in_proj_bias = nn.Parameter(torch.zeros(12))
+        self.scale = nn.Parameter(torch.ones(4))  # neither a weight by its name nor a bias
 
 
 def check_08_1(answer: object) -> str:
@@ -210,8 +212,16 @@ def check_08_5(answer: object) -> str:
     hint = "a point is beaten by another that is nowhere worse (cost and loss) and somewhere better."
     if refused := no_function(5, answer, "points", hint):
         return refused
-    corner = {"a": (1, 5.0), "b": (2, 4.0), "c": (3, 3.9), "d": (4, 1.0), "e": (3, 4.5), "f": (4, 2.0)}
-    drawn = {name: tuple(torch.randint(1, 7, (2,)).tolist()) for name in "ghijklmn"}
+    corner = {
+        "a": (1, 5.0),
+        "b": (2, 4.0),
+        "c": (3, 3.9),
+        "d": (4, 1.0),
+        "e": (3, 4.5),
+        "f": (4, 2.0),
+        "g": (5, 1.0),
+    }
+    drawn = {name: tuple(torch.randint(1, 7, (2,)).tolist()) for name in "hijklmno"}
     for points in (corner | {"twin of d": corner["d"]}, drawn):
         try:
             got = answer(dict(points))
@@ -262,7 +272,7 @@ def check_08_6(answer: object) -> str:
         return refused
     agreeing = [0.1, 0.5, 2.0, 7.0, 30.0]
     drawn = [each.tolist() for each in normal((PAIRS,), (PAIRS,))]
-    for x, y in ((agreeing, [-value for value in agreeing]), drawn, ([1.0, 2, 3, 4, 90], [1.0, 90, 2, 3, 4])):
+    for x, y in ((agreeing, [-value for value in agreeing]), drawn, ([1.0, 2, 3, 90], [1.0, 90, 2, 3])):
         try:
             got = answer(list(x), list(y))
         except Exception as error:
@@ -280,6 +290,11 @@ def check_08_6(answer: object) -> str:
                 "that counts one side. An order as far from chance the other way counts too: |ρ|.",
             ),
             (_share(x, y, ranked=False), "that correlates the values. Take their ranks first."),
+            (
+                _by_formula(x, y),
+                "correlations that are equal differ in the last digit when computed. Compare whole numbers, or with "
+                "a small margin.",
+            ),
             (1 - right, "that is 1 − p."),
             (right * math.factorial(len(x)), "that is how many orders; divide by n!."),
         ):
@@ -303,6 +318,18 @@ def _share(
     product = lambda order: size(sum(a * b for a, b in zip(centre, order, strict=True)))
     found, margin = product(y), 1e-9 * (1 if strict else -1)
     return sum(product(order) > found + margin for order in permutations(y)) / math.factorial(len(y))
+
+
+def _by_formula(x: Sequence[float], y: Sequence[float]) -> float:
+    """The share by ρ = 1 − 6 Σd² / (n (n² − 1)), compared without a margin: some orders that tie are lost."""
+    n = len(x)
+    first, second = ([sorted(values).index(each) for each in values] for values in (x, y))
+
+    def strength(order: Sequence[int]) -> float:
+        apart = sum((one - other) ** 2 for one, other in zip(first, order, strict=True))
+        return abs(1 - 6 * apart / (n * (n**2 - 1)))
+
+    return sum(strength(order) >= strength(second) for order in permutations(second)) / math.factorial(n)
 
 
 def _shown(value: object) -> str:

@@ -111,7 +111,7 @@ def methods_and_sizes(
         where.xaxis.set_ticklabels(["1 000", "10 000", "100 000", "1 000 000"])
         code = mean(row["code"] for row in rows)
         return (
-            f"{called(method, size)}: {numbers[0]:,} numbers trained, {numbers[1]:,} stored; at its best rate "
+            f"{called(method, size)}: {numbers[0]:,} numbers trained, {numbers[1]:,} stored; at a rate of "
             f"{rows[0]['rate']:g} the loss falls from {before['test']:.2f} to {mean(here):.2f} "
             f"({min(here):.2f} to {max(here):.2f} over {_seeds(len(here))}), and on code it goes from "
             f"{before['code']:.2f} to {code:.2f}."

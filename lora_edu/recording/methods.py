@@ -159,7 +159,7 @@ def texts(task: str) -> dict[str, Tensor]:
     """ "train": a stream; "validation", "test", "code": windows of CONTEXT + 1 tokens, (30 or 60, CONTEXT + 1).
 
     Rates are chosen on validation, losses reported on test. Of the near task, whose text is a quarter of the two
-    splits, every second window is for validation.
+    splits, every third window is for validation.
     """
     code = _windows(corpus.load_corpus("code").test, 30)
     if task == "far":

@@ -90,8 +90,8 @@ plots.show(
 # | where | methods | trained |
 # | --- | --- | --- |
 # | **before the text** | prompt tuning, P-Tuning | embeddings of tokens that stand for no word |
-# | **before the keys and values of each layer** | prefix tuning (P-Tuning v2 is the same) | what a layer would keep of such tokens |
-# | **in the stream, between the layers** | bottleneck adapters | two small matrices with a non-linearity |
+# | **before the keys and values of each layer** | prefix tuning (P-Tuning v2 is a version of it) | what a layer would keep of such tokens |
+# | **behind attention and MLP** | bottleneck adapters | two small matrices with a non-linearity |
 # | **on the model's own numbers** | BitFit, (IA)³ | the biases; a factor for each of some activations |
 # | **beside the weights** | LoRA | two thin matrices without a non-linearity |
 #
@@ -125,7 +125,7 @@ assert all((abs(start[method] - before) > 1e-3) == (method in virtual) for metho
 assert abs(start["prompt"] - start["prefix"]) < 1e-3
 
 # %% [markdown]
-# What begins as the base can only be as good at first, and no worse. Virtual tokens begin somewhere else, and how far
+# A method that begins as the base begins exactly as good as the base. Virtual tokens begin somewhere else, and how far
 # away depends on what they start from. The prompt and the prefix start as the same 16 words of the vocabulary (the prefix
 # as their keys and values), so they begin at one loss. P-Tuning's tokens start as what an untrained network gives.
 #
@@ -208,14 +208,16 @@ assert tuning.trained_parameters(tuning.ia3(fresh())) == 6 * (100 + 100 + 400) =
 # columns of $W$. So after training (IA)³ can be multiplied into the weights, and nothing is left of it (exercise 3). The
 # biases are in their place already.
 #
-# ### In the stream: bottleneck adapters
+# ### Behind attention and MLP: bottleneck adapters
 #
 # Houlsby et al. (2019) put a small network behind each attention and each MLP: down to $m$ numbers, a non-linearity, up
-# again, and the sum with what came in: $h + W_{up}\,\mathrm{GELU}(W_{down} h + b_{down}) + b_{up}$.
+# again, and the sum with what came in: $h + W_{up}\,\mathrm{GELU}(W_{down} h + b_{down}) + b_{up}$. All of it happens before the output is added
+# to the stream. (They also train the norms, which we leave out.)
 
 # %%
 plots.show(
-    picture("bottleneck", "lora"), "Bottleneck adapters stand in the stream; LoRA stands beside the weights."
+    picture("bottleneck", "lora"),
+    "Bottleneck adapters stand behind attention and MLP; LoRA stands beside the weights.",
 )
 
 
@@ -247,9 +249,9 @@ agree(add_bottlenecks(fresh(), 8), tuning.bottleneck(fresh(), 8))
 assert tuning.trained_parameters(tuning.bottleneck(fresh(), 8)) == 12 * (2 * 100 * 8 + 8 + 100)
 
 # %% [markdown]
-# Compare LoRA's $W x + s\,B A x$: also down to few numbers and up again. But the non-linearity between the two matrices,
-# and the place behind the layer instead of beside it, forbid adding them up with $W$. That small difference decides what
-# is left when the model is used (section 7).
+# Compare LoRA's $W x + s\,B A x$: also down to few numbers and up again. But because of the non-linearity between
+# the two matrices they cannot be multiplied into $W$. (Without it they could, even from behind the layer, as
+# $(1 + W_{up} W_{down})(W x + b)$.) That small difference decides what is left when the model is used (section 7).
 #
 # ### Before the text: prompt tuning and P-Tuning
 #
@@ -281,11 +283,12 @@ with torch.no_grad():
 print("the same logits; and embeddings of real words do what these words do before the text")
 
 # %% [markdown]
-# So a prompt is a text in a language of which no word needs to exist: its vectors may lie anywhere between and beside the
-# embeddings of the 10 000 tokens.
+# So a prompt is like a text whose words need not exist: its vectors may lie anywhere between and beside the embeddings of
+# the 10 000 tokens.
 #
-# **P-Tuning** (Liu et al. 2021) does not train $P$ itself. It trains a small network, the prompt encoder, that makes $P$
-# from $k$ vectors $E$. Afterwards only $P$ is needed.
+# **P-Tuning** (Liu et al. 2021) does not train $P$ itself. It trains $k$ vectors $E$ and a small network, the prompt
+# encoder, that makes $P$ from them. Afterwards only $P$ is needed. (Ours is PEFT's version: three linear layers, and all
+# tokens before the text. In the paper it is an LSTM and an MLP, and tokens may stand anywhere in a template.)
 
 # %%
 explore.predict(
@@ -294,8 +297,8 @@ explore.predict(
     {
         "1 600 and 1 600": "That is prompt tuning. P-Tuning trains the encoder as well.",
         "31 900 and 31 900": "31 900 are trained. But once P is found, nobody needs the encoder.",
-        "31 900 and 1 600": "Yes. Twenty times as many are trained as are stored, so 'numbers' alone says nothing: which "
-        "ones?",
+        "31 900 and 1 600": "Yes. Twenty times as many are trained as are stored. So 'how many numbers?' is not yet a "
+        "question: trained, or stored?",
     },
 )
 
@@ -363,7 +366,8 @@ assert tuning.trained_parameters(model) == 2 * 6 * 16 * 100
 
 # %% [markdown]
 # The prefix of real words is, again, the same as these words before the text. But a trained prefix can say something else
-# to each layer, which no text can. It costs $2 L$ times as many numbers as a prompt of the same length.
+# to each layer, which no text can. It costs $2 L$ times as many numbers as a prompt of the same length (fewer
+# where queries share keys, exercise 4).
 #
 # Li and Liang found it hard to train directly, and made the prefix with an MLP that is thrown away afterwards, as
 # P-Tuning does with its encoder. We have both.
@@ -412,13 +416,14 @@ assert budget == 43_200 and budget // 100 == 432 > 256 and budget // 1200 == 36
 # What 'better' means depends on what is held equal. In the recorded runs:
 #
 # - **the same task**: the base model, which knows code, is tuned on docstrings (*far*); or a model that knows docstrings
-#   is tuned on docstrings of other files, with every fourth piece of these kept for the test (*near*);
+#   is tuned on docstrings of other files, with every fourth piece of these kept apart, for rates and test (*near*);
 # - **the same tokens**: 100 steps of 4 × 192, the same windows in the same order. 192, so that 64 virtual tokens still
 #   fit into the model's 256 positions. A second budget of 400 steps for those that are slow;
 # - **a learning rate of its own** for each method, at its smallest and at its largest size: five rates or more, a factor
 #   of 2 apart, and further until the best is not the last one tried; sizes between them take a rate between (on a line in
-#   the logarithms). Rates are chosen on validation text, losses shown on test text;
-# - **three seeds** at the rate that was found; AdamW, no weight decay, warm-up and linear decay for all.
+#   the logarithms). On the near task and with 400 steps it is one size, and three rates or more. Rates are chosen on
+#   validation text, losses shown on test text;
+# - **three seeds** at the rate that was found (400 steps: one); AdamW, no weight decay, warm-up and linear decay for all.
 #
 # Not equal: numbers, memory and time. These are the price, and are asked about below.
 
@@ -445,12 +450,12 @@ plots.show(
 
 # %% [markdown]
 # The best rates lie far apart, and the valleys differ: LoRA's ends in a wall, where a rate twice the best ruins $r = 16$.
-# P-Tuning's is nearly flat, so that *its* rate cannot be what it lacks. A table made with one rate for all compares rates
-# as well as methods:
+# P-Tuning's is nearly flat from 0.001 to 0.032, so that no rate in this range helps it at 100 steps. A table made with
+# one rate for all compares rates as well as methods:
 
 # %%
 explore.predict(
-    "Give all methods one learning rate that suits LoRA, 0.016. To which of them would such a table do the most injustice?",
+    "Give these three one learning rate that suits LoRA, 0.016. Which of them would such a table treat most unfairly?",
     {
         "bottleneck adapters": "They like the same rates as LoRA: a hundredth of a nat is lost.",
         "prefix tuning": "Yes, up to 0.4 nats a token. It wants 16 times the rate, and at LoRA's it looks like prompt tuning.",
@@ -467,6 +472,11 @@ for key in sorted(at_one_rate, key=at_one_rate.get):
     print(f"{called(*key):34}{at_one_rate[key]:8.2f}{lowest(grids[key]):14.2f}{lost[key]:8.2f}")
 highest = lambda losses: max(loss for loss in losses.values() if loss is not None)
 assert max(lost, key=lost.get)[0] == "prefix" and 0.3 < max(lost.values()) < 0.45
+of_full = grids["full", None]
+print(
+    f"(full tuning was not tried at 0.016; at 0.012 it already loses {of_full[0.012] - lowest(of_full):.2f})"
+)
+assert abs(of_full[0.012] - lowest(of_full) - 0.41) < 0.006
 assert lost["bottleneck", 2] < 0.02 and best_rates["prefix", 64] == 16 * 0.016
 assert abs(at_one_rate["prefix", 64] - at_one_rate["prompt", 64]) < 0.05
 assert lowest(grids["prompt", 64]) - lowest(grids["prefix", 64]) > 0.3
@@ -486,7 +496,7 @@ explore.predict(
     {
         "LoRA": "Yes, 5.14 against 5.87. With fewer numbers it has six times the gain.",
         "P-Tuning": "It trains more than three times as many numbers. But they act before the first layer only.",
-        "about the same": "The number of numbers is not what decides. Where they act is.",
+        "about the same": "At such different places the number alone does not decide.",
     },
 )
 
@@ -510,19 +520,19 @@ plots.show(
 )
 
 # %% [markdown]
-# **What came out.** The order follows the *place*, much more than the number of numbers. Of what full tuning gains, LoRA
+# **What came out.** The *place* matters more than the number, but both do. Of what full tuning gains, LoRA
 # beside the matrices of the blocks has 58 to 75 % ($r = 1$ to 16), bottleneck adapters 47 to 66 %, BitFit and (IA)³ 44 %,
 # prefixes 32 to 44 %, prompts 7 to 18 %, P-Tuning 7 to 10 %. At 6 000 to 6 700 numbers stored: a bottleneck of $m = 2$
 # has gained 0.71 nats a token, BitFit 0.66, a prompt of 64 tokens 0.27, P-Tuning with as many 0.15. (IA)³ is where BitFit
 # is, with half the numbers. All this is TinyLM, 100 steps of 4 × 192 tokens, three seeds.
 #
-# **A likely reason.** A prompt is one more text to read. It can move attention and no weight, so it can only ask the
-# model for what it does already; and this model has learned code, from which docstrings are far. Prefixes say something
-# in each layer, and do better with the same number of tokens. What acts on the stream or on the matrices changes what is
-# computed for each token.
+# **A likely reason.** A prompt is one more text to read. It can draw attention to itself and add its own values, and
+# leaves every weight; so it mostly asks the model for what it does already, and this model has learned code, from which
+# docstrings are far. Prefixes say something in each layer, and do better with the same number of tokens. What acts inside
+# the blocks changes what is computed for each token.
 #
-# LoRA on *all* matrices, embedding and head too, gets to 4.70 with 124 000 numbers, further than on the blocks with
-# 172 800. Four fifths of TinyLM are in these two tables, and a new kind of text has other words; a large model with a
+# LoRA on *all* matrices, embedding and head too, reaches 4.70 with 124 000 numbers, better than the 4.89 of the blocks
+# alone with 172 800. Nearly three quarters of TinyLM are in these two tables, and a new kind of text has other words; a large model with a
 # smaller share in them need not behave so.
 #
 # P-Tuning is *behind* prompt tuning here at both lengths, 5.91 against 5.84 and 5.87 against 5.74. Its network was meant
@@ -555,7 +565,8 @@ explore.methods_and_sizes(far, untuned["far"])
 # %% [markdown]
 # ### How much of it is noise?
 #
-# Three seeds draw other batches and other starts. A difference between two methods means something when it is larger than
+# Three seeds draw other batches and, where a method starts at random, other starts; the text of the test stays the same.
+# A difference between two methods means something when it is larger than
 # what the seeds do.
 
 # %% tags=["nbval-ignore-output"]
@@ -583,11 +594,11 @@ assert max(spread.values()) < 0.06 and loss["p-tuning", 16] - loss["lora", 4] > 
 explore.predict(
     "Four times the steps. Do the methods that act before the text catch up with LoRA?",
     {
-        "yes, they were only slow": "Prefix tuning was slow, and gains most. But none of them reaches in 400 steps what LoRA "
-        "has after 100: compare where their lines end with where LoRA's begins.",
-        "they come nearer": "One of them a little, prefix tuning. Prompt tuning and P-Tuning fall further behind, since LoRA "
-        "gains by the steps, too.",
-        "no": "Yes. Prefix tuning comes a little nearer; prompt tuning and P-Tuning fall further behind.",
+        "yes, they were only slow": "None of them reaches in 400 steps what LoRA has after 100: compare where their lines end "
+        "with where LoRA's begins.",
+        "they come nearer": "As a share of what LoRA gains, yes, all three. In nats prompt tuning and P-Tuning fall further "
+        "behind, since LoRA gains by the steps, too.",
+        "no": "None catches up. Still, as a share of LoRA's gain each of the three has more after 400 steps than after 100.",
     },
 )
 
@@ -605,24 +616,34 @@ plots.before_and_after(
 more = {method: shorter[method] - longer[method] for method in patient}
 for method in sorted(more, key=more.get, reverse=True):
     print(f"{NAMES[method]:22} {more[method]:.2f} lower after 400 steps, {longer[method]:.2f}")
-slow = {"prompt", "p-tuning", "prefix"}
-assert slow < set(patient) and all(gain > 0 for gain in more.values())
-assert min(longer[method] for method in slow) > shorter["lora"] > longer["lora"]
-assert shorter["prefix"] > shorter["ia3"] and longer["prefix"] < longer["ia3"]
-for method, gain in {"prefix": 0.29, "lora": 0.26, "p-tuning": 0.12, "prompt": 0.11, "ia3": 0.10}.items():
-    assert abs(more[method] - gain) < 0.006, method
+assert min(more.values()) > 0.08
 plots.show(
     figure,
     f"With 400 steps prompt tuning has {longer['prompt']:.2f} and P-Tuning {longer['p-tuning']:.2f}; LoRA has "
     f"{shorter['lora']:.2f} with 100 and {longer['lora']:.2f} with 400.",
 )
 
+# %%
+slow = {"prompt", "p-tuning", "prefix"}
+assert slow < set(patient)
+assert min(longer[method] for method in slow) > shorter["lora"] > longer["lora"]
+assert shorter["prefix"] > shorter["ia3"] and longer["prefix"] < longer["ia3"]
+assert abs(more["prefix"] - 0.29) < 0.006 and abs(more["lora"] - 0.26) < 0.006
+assert all(0.095 < more[method] < 0.125 for method in ("p-tuning", "prompt", "ia3"))
+share_of_lora = {
+    m: [(untuned["far"]["test"] - x[m]) / (untuned["far"]["test"] - x["lora"]) for x in (shorter, longer)]
+    for m in slow
+}
+for method, shares in {"p-tuning": (11, 18), "prompt": (17, 23), "prefix": (56, 67)}.items():
+    assert tuple(round(100 * share) for share in share_of_lora[method]) == shares, method
+
 # %% [markdown]
-# **All gain, prefixes most.** With four times the steps prefix tuning gains another 0.29 nats a token, LoRA 0.26,
-# P-Tuning 0.12, prompt tuning 0.11 and (IA)³ 0.10 (TinyLM, far task, one seed). So prefixes were slow: they overtake
-# (IA)³, 5.15 against 5.25. Prompts and P-Tuning were not; they gain less than LoRA does, and the gap widens. None of the
-# three reaches after 400 steps what LoRA has after 100. 400 steps are few beside 30 000, and this model is small: what a
-# hundred times as many would give was not tried.
+# **All gain.** With four times the steps prefix tuning gains another 0.29 nats a token and LoRA 0.26, no further apart
+# than seeds are; P-Tuning, prompt tuning and (IA)³ gain 0.10 to 0.12 (TinyLM, far task; one seed at 400 steps, the mean
+# of three at 100). Prefix tuning overtakes (IA)³, 5.15 against 5.25. In nats the distance from LoRA to prompts and
+# P-Tuning grows. But P-Tuning has doubled what it had gained, and LoRA has added a quarter: as shares of LoRA's gain all
+# three come nearer, from 11 to 18 %, 17 to 23 % and 56 to 67 %. None of them reaches after 400 steps what LoRA has after
+# 100. 400 steps are few beside 30 000, and this model is small: what a hundred times as many would give was not tried.
 #
 # ### What is forgotten
 #
@@ -644,22 +665,31 @@ a_nat = {key: code[key] / gained[key] for key in far}  # lost on code for each n
 for key in sorted(a_nat, key=a_nat.get):
     print(f"{called(*key):34}lost on code for each nat gained: {a_nat[key]:.2f}")
 of = lambda method: [a_nat[key] for key in far if key[0] == method]
-assert max(*of("lora"), *of("lora everywhere")) < 0.61 < 0.7 < min(*of("full"), *of("bottleneck"))
-assert max(*of("full"), *of("bottleneck")) < 0.74 < 0.88 < min(*of("bitfit"), *of("ia3")) < 0.92
-assert min(*of("prompt"), *of("p-tuning"), *of("prefix")) > 1
+assert 0.45 < min(a_nat.values()) and max(a_nat.values()) < 1.45
 plots.show(
     figure,
     f"What is lost on code against what is gained on docstrings: for each nat gained LoRA loses {min(of('lora')):.2f} to "
     f"{max(of('lora')):.2f}, full tuning {of('full')[0]:.2f}, prompt tuning {min(of('prompt')):.2f} to {max(of('prompt')):.2f}.",
 )
 
+# %%
+assert max(*of("lora"), *of("lora everywhere")) < 0.61 < 0.7 < min(*of("full"), *of("bottleneck"))
+assert max(*of("full"), *of("bottleneck")) < 0.74 < 0.88 < min(*of("bitfit"), *of("ia3")) < 0.92
+virtual = [key for key in far if key[0].partition(" ")[0] in ("prompt", "p-tuning", "prefix")]
+assert 0.9 < min(a_nat[key] for key in virtual) and max(a_nat[key] for key in virtual) < 1.45
+assert 0.45 < min(a_nat[key] for key in far if key not in virtual)
+[half] = (row for row in method_grid(rows, "far", "full", None, 100) if row["rate"] == 1.5e-3)
+gain_at_half = untuned["far"]["test"] - half["test"]
+lost_at_half = (half["code"] - untuned["far"]["code"]) / gain_at_half
+assert abs(lost_at_half - 0.38) < 0.006 and 0 < gained["full", None] - gain_at_half < 0.015
+
 # %% [markdown]
-# **Those that gain least lose most for it.** For each nat gained on docstrings, LoRA loses 0.5 to 0.6 nats on code, full
-# tuning and bottleneck adapters 0.7, BitFit and (IA)³ 0.9, and prompts, P-Tuning and prefixes more than 1, each at the
-# rate that was best for docstrings. Whatever stands before the text is there for every text, code or not.
+# **Before the text it costs most.** Methods before the text and before the keys lose 0.9 to 1.4 nats on code for each nat
+# gained on docstrings, the others 0.5 to 0.9, each at the rate that was best for docstrings. The rate matters as much:
+# full tuning at half of it gains 0.01 nats less, and loses 0.38 for each nat instead of 0.71 (one seed).
 #
-# (And taken off again, it is there no more: without its prompt, adapter or file each of these models is the base, which
-# has forgotten nothing. What is measured is the model with the method on it.)
+# (Take the method off, and the model is the base again, which has forgotten nothing. Measured here is the model with the
+# method on it.)
 #
 # ## 6 · The near task
 #
@@ -667,13 +697,14 @@ plots.show(
 
 # %%
 explore.predict(
-    "On this near task, which share of full tuning's gain do the methods get that barely move the model, compared with the far "
-    "task?",
+    "Some methods barely change the model. Is their share of full tuning's gain larger on the near task than on the far one, "
+    "or smaller?",
     {
         "a larger share": "One would think so: the model knows how docstrings sound, so a nudge should do. But then full tuning "
         "would have no more to learn from these files than a nudge teaches. Look at the bars.",
         "the same share": "Look at the bars: the order stays, the shares don't.",
-        "a smaller share": "Yes, each of them. What is left to learn is not how docstrings sound, and it takes more numbers.",
+        "a smaller share": "Yes, each of them, on this one near task. Why, these runs do not tell: full tuning has more numbers, "
+        "and it has embedding and head as well.",
     },
 )
 
@@ -703,12 +734,13 @@ plots.show(
 )
 
 # %% [markdown]
-# **The nearer task is the harder one for small methods.** Full tuning gains 0.29 nats a token there, and every other
+# **Of these two tasks the nearer one is the harder for small methods.** Full tuning gains 0.29 nats a token there, and every other
 # method gets a smaller share of that than on the far task: LoRA 45 % instead of 69, bottleneck adapters 28 instead of 59,
 # prompt tuning 3 instead of 12 (100 steps of 4 × 192 tokens, three seeds, rates found anew). From code to docstrings much
 # of the gain is *how* docstrings sound, and little suffices for that. This model knows how they sound. What full tuning
 # still learns is likely *what* these files talk about, names and words that come again in the held-out pieces of the same
-# files; and for that many numbers help.
+# files; and for that many numbers may help, or the embedding and the head, which only full tuning
+# reaches here.
 #
 # ## 7 · What it costs
 #
@@ -724,7 +756,7 @@ explore.predict(
     "of LoRA need?",
     {
         "about as much": "Their gradients and Adam's state are small, both. Look at the column of activations.",
-        "about a sixth more": "Yes, 16 %. LoRA's matrices need the inputs of every layer that they stand beside; a prompt needs "
+        "about a sixth more": "Yes, 16 %, with all logits kept, which are half of the activations. LoRA's matrices need the inputs of every layer that they stand beside; a prompt needs "
         "no inputs of frozen matrices.",
         "twice as much": "Full tuning does not need twice as much either: the weights and most activations are there anyway.",
     },
@@ -775,12 +807,15 @@ more_than_p = memory["lora"] / memory["p-tuning"] - 1
 more_than_lora = memory["full"] / memory["lora"] - 1
 print(f"LoRA needs {more_than_p:.0%} more than P-Tuning, and full tuning {more_than_lora:.0%} more than LoRA")
 of_lora = on_paper("lora", 4)
+more_than_64 = memory["lora"] / on_paper("p-tuning", 64).total - 1
+print(f"(and {more_than_64:.0%} more than P-Tuning with 64 tokens)")
+assert abs(more_than_64 - 0.07) < 0.01
 assert 0.15 < more_than_p < 0.165 and of_lora.gradients + of_lora.optimiser < 0.6e6
 assert min(memory, key=memory.get) == "bitfit" and 0.95 < memory["ia3"] / memory["lora"] < 1
 
 # %% [markdown]
-# So the note's 'asks more of the graphics card' is right, and it is not the numbers that LoRA trains: these take half a
-# megabyte. LoRA needs the *inputs* of all the matrices that it stands beside, for the gradient of $A$, as full tuning
+# So the note's 'asks more of the graphics card' is right here: 16 % more than 16 virtual tokens, 7 % more than 64. It is
+# not the numbers that LoRA trains: these take half a megabyte. LoRA needs the *inputs* of all the matrices that it stands beside, for the gradient of $A$, as full tuning
 # does for that of $W$. Prompts and prefixes train nothing inside, so that a frozen matrix can forget what went into it;
 # BitFit can as well, since a bias's gradient needs no input. (IA)³ trains few numbers and keeps nearly as much as LoRA:
 # the gradient of a factor needs the activation that it scales.
@@ -815,7 +850,7 @@ assert seconds["prompt"] < min(1, seconds["lora"])
 # %% [markdown]
 # Training a thousandth of the numbers does not make a step a thousand times faster. The forward pass stays, and the
 # backward pass still has to reach the first thing that is trained; saved are the gradients of the frozen matrices and the
-# optimiser's work, together about a third. LoRA saves half of that: its thin products are many, and each wants starting.
+# optimiser's work, together about a third. LoRA saves less than the others: it has many small products, and starting each takes time.
 #
 # And afterwards?
 
@@ -893,7 +928,8 @@ assert same == ["full", "lora", "bitfit", "ia3"]
 
 # %% [markdown]
 # **So LoRA is not an added layer.** It is added while it trains, and is gone when it is used. Bottleneck adapters stay;
-# each virtual token costs a place in the context, and, without a cache, the time of a token of text. With a cache of keys
+# each virtual token takes up a place in the context. Without a cache one of a prompt costs the time of a token of text,
+# one of a prefix only the attention to it. With a cache of keys
 # and values, as servers have it, the virtual tokens are read once: what remains is that each new token attends to $k$
 # more, and the cache is longer.
 #
@@ -904,7 +940,8 @@ assert same == ["full", "lora", "bitfit", "ia3"]
 
 # %%
 numbers = {what: {m: far[m, s][0][what] for m, s in ONE_SIZE.items()} for what in ("stored", "trained")}
-in_use = {m: 1.0 if m in same else each_token[called(m, s)] for m, s in ONE_SIZE.items()}  # the same layers
+# the same layers take the same time, and more of them never take less: what a clock says else is its noise
+in_use = {m: 1.0 if m in same else max(1.0, each_token[called(m, s)]) for m, s in ONE_SIZE.items()}
 prices = {
     "numbers stored": numbers["stored"],
     "numbers trained": numbers["trained"],
@@ -934,6 +971,8 @@ assert all("LoRA" in each and "P-Tuning" not in each for each in first_three)
 named = [method for method in ONE_SIZE if f"{NAMES[method]} (" in first_three[2]]
 assert named == ["full", "lora", "bottleneck", "bitfit"]
 assert "Not beaten: full tuning (4.51)." in stay["time of a token", "docstrings"]
+on_code = sorted(ONE_SIZE, key=texts["code"].get)
+assert on_code[0] == "p-tuning" and on_code[2] == "lora" and on_code[-1] == "full"
 assert "Not beaten: P-Tuning (3.85)." in stay["numbers stored", "code"]
 study
 
@@ -941,27 +980,33 @@ study
 # For docstrings, LoRA is on the front by numbers stored, by numbers trained and by memory, P-Tuning on none of these:
 # prompt tuning of the same length is better, trains less and stores as much. By memory four remain: BitFit, bottleneck
 # adapters, LoRA and full tuning. If only the time of a token counts, full tuning alone remains: it leaves nothing behind
-# either. And if code is what you care about, the picture is turned round: who learns little, forgets little. What a price
-# is, nobody can tell you but you.
+# either. And if code is what you care about, P-Tuning, which learned least, is best and full tuning worst; but LoRA, which
+# learned second most, has forgotten less than prefixes, (IA)³, BitFit and bottleneck adapters. Only you know what your
+# price is.
 #
 # ## 8 · Somebody else's table
 #
 # TinyLM is small, and 100 steps are few. PEFT's authors published 63 tunings of Llama-3.2-3B: MetaMathQA, 5 000 steps of
-# 4 texts, accuracy on GSM8K, one GPU, **one seed each**. Six of our methods are among them. For each the best run:
+# 4 texts, accuracy on GSM8K, one GPU, **one seed each**. Six of our methods are among them. For each the best run;
+# of LoRA the best with the usual scaling on query and value (rsLoRA at $r = 64$ has 51.3 %, LoRA on MLPs alone 49.4 %):
 
 # %%
 table = load_peft_comparison()
 published = counterparts(table)
 six = ["full", "lora", "ia3", "prefix", "prompt", "p-tuning"]
-print(f"{'':16}accuracy     trained      stored   GB of the GPU   minutes")
+print(f"{'':16}accuracy     trained   MB of the file   GB of the GPU   minutes")
 for method in six:
     run = published[method]
-    stored = run["file_bytes"] // (2 if method == "full" else 4)  # the model in bfloat16, adapters in float32
     print(
-        f"{NAMES[method]:16}{run['accuracy']:8.1%}{run['trained']:14,}{stored:14,}"
-        f"{run['memory'] / 1e9:12.1f}{run['seconds'] / 60:12.1f}"
+        f"{NAMES[method]:16}{run['accuracy']:8.1%}{run['trained']:14,}{run['file_bytes'] / 1e6:13,.2f}"
+        f"{run['memory'] / 1e9:16.1f}{run['seconds'] / 60:12.1f}"
     )
+assert 460 < published["p-tuning"]["trained"] / (20 * 3_072) < 463
 assert published["p-tuning"]["trained"] == 28_382_208 > 3 * published["lora"]["trained"]
+assert [round(published[f"lora, {kind}"]["accuracy"], 3) for kind in ("rsLoRA", "MLPs alone")] == [
+    0.513,
+    0.494,
+]
 assert 0 < published["p-tuning"]["file_bytes"] - 4 * 20 * 3_072 < 200  # the numbers, and a header
 
 # %% [markdown]
@@ -986,14 +1031,17 @@ assert 0.006 < ahead("full") < 0.5 * apart(published["lora"], published["full"])
 assert 0.128 < ahead("p-tuning") < 0.13 and ahead("p-tuning") > 6 * apart(
     published["lora"], published["p-tuning"]
 )
+rslora, full = published["lora, rsLoRA"], published["full"]
+assert abs((rslora["accuracy"] - full["accuracy"]) / apart(rslora, full) - 2.1) < 0.06
 
 # %% [markdown]
-# LoRA and full tuning cannot be told apart by this table (0.7 percentage points, a third of a standard error), LoRA and
-# P-Tuning can (12.9 points). (The same questions were put to both models, so a paired test would see more; for that one
+# This LoRA and full tuning cannot be told apart by this table (0.7 percentage points, a third of a standard error); rsLoRA
+# is 2.1 standard errors above full tuning, which has one run, at one rate. LoRA and P-Tuning can be told apart (12.9
+# points). (The same questions were put to both models, so a paired test would see more; for that one
 # needs the answers, which the table does not have.)
 #
 # **And how much of it is the setting?** Several methods are there more than once. Their runs differ in the rate, the
-# start or the matrices:
+# start, the matrices or the number of virtual tokens, some in several at once:
 
 # %%
 for method, name in {"prompt": "prompt_tuning", "prefix": "prefixtuning", "ia3": "ia3"}.items():
@@ -1002,6 +1050,8 @@ for method, name in {"prompt": "prompt_tuning", "prefix": "prefixtuning", "ia3":
     }
     print(f"{NAMES[method]:16}", ", ".join(f"{run} {accuracy:.1%}" for run, accuracy in found.items()))
     assert len(found) == 3 and max(found.values()) - min(found.values()) > 0.14
+among_six = [published[method]["accuracy"] for method in six]
+assert max(among_six) - min(among_six) < 0.14
 accuracies = sorted(run["accuracy"] for run in table if run["method"] == "prompt_tuning")
 assert (
     accuracies == [0.0569, 0.2343, 0.3434]
@@ -1009,7 +1059,7 @@ assert (
 )
 
 # %% [markdown]
-# One method's settings lie further apart than most pairs of methods. Prompt tuning gets 5.7 % as PEFT sets it, 23.4 % at
+# One method's settings lie further apart than any two of the six methods. Prompt tuning gets 5.7 % as PEFT sets it, 23.4 % at
 # another rate, and 34.3 % when it also starts from words of the vocabulary. In a table with one run 'prompt tuning is
 # bad' and 'prompt tuning was not tuned' look the same. (And the best of three runs, chosen by the accuracy that is then
 # shown, flatters a method a little.)
@@ -1020,16 +1070,16 @@ explore.predict(
     "be?",
     {
         "as small as you like": "There are only 6! = 720 orders, and the one that was found is among them.",
-        "1 / 720": "One-sided it is. Two-sided the reversed order counts too.",
-        "2 / 720": "Yes, 0.0028. With four methods it would be 2 / 24 = 0.08: four methods can never show anything at 5 %.",
+        "1 / 720": "That is the one-sided p. Two-sided the reversed order counts, too.",
+        "2 / 720": "Yes, 0.0028. With four methods it would be 2 / 24 = 0.08: four methods can never show anything at 5 %, two-sided.",
     },
 )
 
 # %% [markdown]
 # ### Do the two tables agree?
 #
-# The six methods by quality, by memory and by time of a training step: ours (TinyLM, the far task, each method at its
-# best size by validation loss) against theirs. The rank correlation is 1 for the same order, −1 for the reverse; $p$ is
+# The six methods by quality, by memory and by time of a training step: ours (TinyLM, the far task; quality at each
+# method's best size by validation loss, memory and time at the one size of section 7) against theirs. The rank correlation is 1 for the same order, −1 for the reverse; $p$ is
 # the share of all 720 ways to pair the two whose correlation is as strong.
 
 # %% tags=["nbval-ignore-output"]
@@ -1048,28 +1098,36 @@ for what, correlation in agreement.items():
 for whose, of in (("ours", ours), ("theirs", theirs)):
     order = sorted(six, key=dict(zip(six, of["accuracy"], strict=True)).get, reverse=True)
     print(f"{whose}, the best first: {', '.join(NAMES[m] for m in order)}")
-assert (
-    abs(agreement["accuracy"] - 31 / 35) < 1e-9
-    and permutation_p(ours["accuracy"], theirs["accuracy"]) < 0.035
-)
+assert abs(agreement["accuracy"] - 31 / 35) < 1e-9 and abs(agreement["memory"] - 5 / 7) < 1e-9
+
+# %%
+other_way = dict(zip(six, ours["accuracy"], strict=True))
+other_way["ia3"], other_way["prefix"] = other_way["prefix"], other_way["ia3"]  # as after 400 steps
+other_way = [other_way[m] for m in six]
+swapped = rank_correlation(other_way, theirs["accuracy"]), permutation_p(other_way, theirs["accuracy"])
+print(f"with (IA)³ and prefix tuning in the other order: {swapped[0]:.2f}, p = {swapped[1]:.3f}")
+assert abs(swapped[0] - 29 / 35) < 1e-9 and abs(swapped[1] - 42 / 720) < 1e-9
+assert permutation_p(ours["accuracy"], theirs["accuracy"]) < 0.035
 assert 1_000 < published["full"]["trained"] / 2_728_000 < 1_200
-assert abs(agreement["memory"] - 5 / 7) < 1e-9 and published["prompt"]["trained"] == 200 * 3_072
+assert published["prompt"]["trained"] == 200 * 3_072
 assert published["lora"]["trained"] == 28 * 32 * ((3_072 + 3_072) + (3_072 + 1_024))  # query and value
 one, other = published["p-tuning"], published["prompt"]
 assert abs(one["accuracy"] - other["accuracy"]) < 0.4 * apart(one, other)
 
 # %% [markdown]
-# **In quality they agree**: rank correlation 0.89, $p = 0.03$. The two orders differ in two pairs of neighbours, LoRA and
-# full tuning, prompt tuning and P-Tuning; and these are the pairs that their table cannot tell apart (a third of a
-# standard error each). A model a thousand times as large, another task, fifty times the steps: and yet the same order,
-# from those that change what is computed to those that speak before the text.
+# **In quality they nearly agree**: rank correlation 0.89, $p = 0.03$. Two pairs of neighbours are swapped, LoRA and full
+# tuning, prompt tuning and P-Tuning, and each of them lies a third of a standard error apart in their table. But our
+# (IA)³ and prefix tuning are within their seeds of each other; in the other order, which they have after 400 steps, it is
+# 0.83 and $p = 0.06$. A model a thousand times as large, another task, fifty times the steps, and much the same order:
+# that is at the edge of what six methods can show.
 #
 # **In memory less**: 0.71, $p = 0.14$, which is what chance often gives. There prompt tuning has 200 virtual tokens, and
 # a virtual token costs memory as text does; here it has 16. And their LoRA sits on two matrices a layer, ours on six. So
-# memory depends on how a method is used, more than on its name.
+# memory depends on how a method is used, too. By time several of our methods are as fast as the clock can tell: that
+# correlation changes from run to run, and nothing is made of it.
 #
-# What such a test can say is little: that two orders of six have something to do with each other. It says nothing of a
-# seventh method, and nothing of how large a difference is.
+# Such a test says little: that two orders of six have something to do with each other. It says nothing of a seventh
+# method, and nothing of how large a difference is.
 #
 # ## 9 · The note's sentence
 #
@@ -1092,35 +1150,38 @@ print(
 )
 assert [round(100 * share_of(key)) for key in (("lora", 4), ("p-tuning", 64), ("lora", 1))] == [69, 10, 58]
 assert 6.7 < ahead("p-tuning") / apart(lora, p) < 6.9 and longer["lora"] < longer["p-tuning"]
-assert 1 < seconds["lora"] / seconds["p-tuning"] < 1.7
+assert [round(1319 * run["accuracy"]) for run in (lora, p)] == [631, 461]
 assert (
     abs(lora["memory"] / p["memory"] - 1.066) < 0.001 and abs(lora["seconds"] / p["seconds"] - 1.031) < 0.001
 )
 
 # %% [markdown]
-# **The answer.** *'Works better': yes*, in both tables and by more than chance. In TinyLM (code → docstrings, 100 steps
-# of 4 × 192 tokens, three seeds, each method at its own rate) LoRA of $r = 4$ has 69 % of full tuning's gain, P-Tuning
-# with 64 tokens 10 %; LoRA of $r = 1$, which trains fewer numbers than P-Tuning, has 58 %. In Llama-3.2-3B (5 000 steps,
-# one seed) LoRA answers 47.8 % of the questions and P-Tuning 34.9 %, 6.8 standard errors apart. *'Asks more of the
-# graphics card': yes, a little, while it trains.* 16 % more memory here and 6.6 % more there; about a quarter more time
-# for a step here, 3 % more there. The reason is not the numbers that it trains (there P-Tuning trains three times as
-# many) but the inputs that it has to keep. *When the model is used, it is the other way round*: P-Tuning takes a place of
-# the context for each virtual token, LoRA takes nothing, once merged. For the same reason LoRA does not belong under
-# 'added layers', where the note files it: bottleneck adapters, which do, made a token slower here, and merged LoRA runs
-# through the layers of the base.
+# **The answer.** *'Works better': yes.* In TinyLM (code → docstrings, 100 steps of 4 × 192 tokens, three seeds, each
+# method at its own rate) LoRA of $r = 4$ has 69 % of full tuning's gain, P-Tuning with 64 tokens 10 %; LoRA of $r = 1$,
+# which trains fewer numbers than P-Tuning, has 58 %. In Llama-3.2-3B (5 000 steps, one seed) LoRA answers 631 of 1 319
+# questions and P-Tuning 461, as far as the questions go 6.8 standard errors; but P-Tuning has one run there, as PEFT sets
+# it, and what another rate or seed would give is not known. *'Asks more of the graphics card': in these two tables, a
+# little, while it trains.* 16 % more memory here than 16 virtual tokens, 7 % more than 64; 6.6 % more there, and 3 % more
+# time. Here the reason is not the numbers that it trains but the inputs that it has to keep. It need not be so: in a
+# GPT-2 with short texts P-Tuning's encoder and its tokens cost more than LoRA (`benchmarks/methods.py`). *When the model
+# is used, it is the other way round*: P-Tuning takes a place of the context for each virtual token, LoRA takes nothing,
+# once merged. For the same reason LoRA does not belong under 'added layers', where the note files it: bottleneck
+# adapters, which do, made a token slower here, and merged LoRA runs through the layers of the base.
 #
 # ## What to remember
 #
-# - Methods differ in *where* they act: before the text, before the keys, in the stream, on the model's own numbers,
-#   beside the weights. At equal numbers the place matters more than the count (TinyLM, 100 steps).
-# - Numbers trained, numbers stored and numbers added in use are three counts. P-Tuning trains twenty times what it
-#   stores; LoRA adds nothing in use.
+# - Methods differ in *where* they act: before the text, before the keys, behind attention and MLP, on the model's own
+#   numbers, beside the weights. With 6 000 to 6 700 numbers stored the gain goes from 0.15 to 0.71 nats a token (TinyLM,
+#   far task, 100 steps).
+# - Numbers trained, numbers stored and numbers added in use are three counts. P-Tuning trains many times what it
+#   stores, 20 times here with 16 tokens and 460 times in Llama-3.2-3B; LoRA adds nothing in use.
 # - Compare methods each at its own learning rate, found inside a grid; say what was held equal, and show seeds.
-# - A training step's memory follows the activations that have to be kept, not the numbers that are trained.
+# - Among methods that train few numbers, a step's memory follows the activations that have to be kept. Full tuning adds a
+#   gradient and two numbers of Adam for every number.
 # - What can be folded into $W$ costs nothing in use: LoRA, BitFit, (IA)³, because no non-linearity stands between.
 #   Bottleneck adapters, prompts and prefixes cannot.
 # - Ask of a table: one seed or several? one rate or a tuned one? how large is the error of each figure? With six methods
-#   an exact permutation test cannot go below 0.003, with four not below 0.08.
+#   an exact two-sided test cannot go below 0.0028, with four not below 0.083.
 
 # %% [markdown]
 # ## Exercises
@@ -1194,7 +1255,7 @@ numbers_of_the_prefix = 2 * 28 * 50 * 8 * 128
 print(exercises.check_08_4(numbers_of_the_prefix))
 
 # %% [markdown] tags=["exercise"]
-# **5.** Write `front(points)`: `points` has a price and a loss for each name, both better when smaller. Return the names
+# **5.** Write `front(points)`: `points` has a cost and a loss for each name, both better when smaller. Return the names
 # that no other point beats, where to beat is to be nowhere worse and somewhere better.
 
 # %% tags=["exercise"]
@@ -1243,7 +1304,7 @@ print(exercises.check_08_6(p_value))
 #   §4: prefix tuning. Liu et al. 2021 (2110.07602): P-Tuning v2, prefixes again.
 # - Petrov, Torr and Bibi 2023, *When Do Prompting and Prefix-Tuning Work?* (2310.19698): why a prefix can bring out what
 #   a model can do, and hardly teach it what it can't.
-# - He et al. 2022, *Towards a Unified View of Parameter-Efficient Transfer Learning* (2110.04366): all of these as one
-#   formula with four choices, among them the place, beside or behind, that sections 1 and 2 are about.
+# - He et al. 2022, *Towards a Unified View of Parameter-Efficient Transfer Learning* (2110.04366): prefixes,
+#   adapters and LoRA as one formula with four choices, among them the place, beside or behind, that sections 1 and 2 are about.
 # - Hu et al. 2021 (2106.09685), §3: why LoRA's authors set it apart from both families.
 # - *Learning Rate Matters* (2602.04998): variants of LoRA end close together once each has a rate of its own.

@@ -62,6 +62,16 @@ def p_value(x, y, ranked=ranks, size=abs, enough=lambda one, found: one >= found
     return sum(enough(product(order), product(y)) for order in orders) / len(orders)
 
 
+def by_formula(x, y):
+    """With ρ = 1 − 6 Σd² / (n (n² − 1)) in floating-point numbers: equal ones differ in the last digit."""
+    n = len(x)
+    rho = lambda order: (
+        1 - 6 * sum((a - b) ** 2 for a, b in zip(ranks(x), order, strict=True)) / (n * (n**2 - 1))
+    )
+    orders = list(itertools.permutations(ranks(y)))
+    return sum(abs(rho(order)) >= abs(rho(ranks(y))) for order in orders) / len(orders)
+
+
 # (check, answer, what the reply must say), each answer written out as a student would work it out
 CASES = [
     (1, lambda model: [name for name in names(model) if name.endswith("bias")], "right"),
@@ -72,6 +82,8 @@ CASES = [
         "the norms' biases are missing",
     ),
     (1, names, "is no bias"),
+    (1, lambda model: [name for name in names(model) if not name.endswith("weight")], "scale is no bias"),
+    (1, lambda model: [name for name in names(model) if name.endswith(".bias")], "in_proj_bias is missing"),
     (1, lambda model: [], "is missing"),
     (1, lambda model: [p for p in model.parameters() if p.dim() == 1], "a list of names"),
     (1, lambda model: model.biases, "raises AttributeError"),
@@ -106,6 +118,11 @@ CASES = [
     (4, 1e9, "too large"),
     (5, front, "right"),
     (5, lambda points: front(points, both_smaller), "One of the two numbers may be equal"),
+    (
+        5,
+        lambda points: front(points, lambda one, other: one[0] <= other[0] and one[1] < other[1]),
+        "is beaten by",
+    ),
     (5, lambda points: front({n: (c, -loss) for n, (c, loss) in points.items()}), "a large loss for good"),
     (5, without_twins, "both stay"),
     (5, lambda points: {min(points, key=points.get), "d", "twin of d"}, "is missing"),
@@ -115,7 +132,9 @@ CASES = [
     (6, p_value, "right"),
     (6, lambda x, y: p_value(x, y, enough=lambda one, found: one > found + 1e-9), "use ≥"),
     (6, lambda x, y: 1 - p_value(x, y), "1 − p"),
-    (6, lambda x, y: 120 * p_value(x, y), "divide by n!"),
+    (6, lambda x, y: math.factorial(len(x)) * p_value(x, y), "divide by n!"),
+    (6, lambda x, y: 120 * p_value(x, y), "not yet"),
+    (6, by_formula, "differ in the last digit"),
     (6, lambda x, y: "small", "the answer is one number"),
     (6, lambda x, y: x @ y, "raises TypeError"),
 ]

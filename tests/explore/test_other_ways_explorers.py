@@ -55,7 +55,7 @@ def test_a_method_is_said_with_what_it_trains_and_stores_and_with_its_seeds():
     assert "P-Tuning, k = 64: 94,300 numbers trained, 64,000 stored" in pictures[("p-tuning", 64),].sentence
     assert "(5.25 to 5.25 over one seed)" in pictures[("p-tuning", 64),].sentence
     sentence = drawn("methods").start.sentence
-    assert sentence.startswith("LoRA, r = 4: 4,000 numbers trained, 4,000 stored; at its best rate 0.016")
+    assert sentence.startswith("LoRA, r = 4: 4,000 numbers trained, 4,000 stored; at a rate of 0.016")
     assert "from 6.00 to 5.00 (4.90 to 5.10 over 3 seeds), and on code it goes from 3.70 to 4.00." in sentence
 
 
