@@ -148,7 +148,7 @@ def agree(ours, theirs):
         moved = (theirs(text) - fresh()(text)).abs().max()
     assert apart < 1e-3 < 0.1 < moved
     numbers = tuning.trained_parameters(theirs)
-    print(f"the same logits, with all {numbers:,} trained numbers moved")
+    return f"the same logits, with all {numbers:,} trained numbers moved"
 
 
 # %% [markdown]
@@ -169,7 +169,7 @@ def train_biases(model):
     return model
 
 
-agree(train_biases(fresh()), tuning.bitfit(fresh()))
+print(agree(train_biases(fresh()), tuning.bitfit(fresh())))
 each_block = 4 * 100 + (400 + 100) + 2 * 100  # attention, MLP, two norms
 assert tuning.trained_parameters(tuning.bitfit(fresh())) == 6 * each_block + 100 == 6_700
 
@@ -200,7 +200,7 @@ def scale_activations(model):
     return model
 
 
-agree(scale_activations(fresh()), tuning.ia3(fresh()))
+print(agree(scale_activations(fresh()), tuning.ia3(fresh())))
 assert tuning.trained_parameters(tuning.ia3(fresh())) == 6 * (100 + 100 + 400) == 3_600
 
 # %% [markdown]
@@ -245,7 +245,7 @@ def add_bottlenecks(model, width):
     return model
 
 
-agree(add_bottlenecks(fresh(), 8), tuning.bottleneck(fresh(), 8))
+print(agree(add_bottlenecks(fresh(), 8), tuning.bottleneck(fresh(), 8)))
 assert tuning.trained_parameters(tuning.bottleneck(fresh(), 8)) == 12 * (2 * 100 * 8 + 8 + 100)
 
 # %% [markdown]
