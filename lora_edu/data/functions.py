@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lora_edu.data.corpus import read_documents, split_name
+from lora_edu.data.corpus import SPLITS, read_documents, split_name
 
 SHARES = (0.06, 0.40)  # validation, test: of modules; some 1 700 pairs are held out for testing
 _SHORTEST, _LONGEST = 12, 20_000  # characters of a first line that says something; of source
@@ -37,7 +37,7 @@ def load_functions(split: str | None = None) -> list[Function]:
     the same source with the same summary the first stays. A summary that stands in training is not in a held-out split.
     Raises ValueError for another split, and FileNotFoundError where the library's source is not installed.
     """
-    if split not in (None, "train", "validation", "test"):
+    if split not in (None, *SPLITS):
         raise ValueError(f'split must be "train", "validation", "test" or None for all; got {split!r}')
     groups: dict[str, int] = {}
     seen: set[tuple[str, str]] = set()

@@ -188,9 +188,13 @@ def tuned_method(
     """Of the rows of one method and size that differ in their rate alone (seed 0) the best on validation text; None
     where it is not between two others: then it may not be called tuned."""
     grid = method_grid(rows, task, method, size, steps)
-    loss = lambda row: math.inf if row["validation"] is None else row["validation"]
-    best_row = min(grid, key=loss, default=None)
+    best_row = min(grid, key=validation_loss, default=None)
     return None if best_row in (None, *grid[:1], *grid[-1:]) else best_row
+
+
+def validation_loss(row: Mapping) -> float:
+    """By which a rate is chosen: infinite where the run blew up."""
+    return math.inf if row["validation"] is None else row["validation"]
 
 
 def method_grid(

@@ -58,6 +58,14 @@ class LowRank:
     def merged(self) -> bool:
         return self.unmerged_weight is not None
 
+    def reset_lora(self) -> None:
+        """Start again: A Kaiming-uniform, B zero (the paper says Gaussian; loralib and PEFT do this)."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def _dropout_now(self) -> float:
+        return self.dropout if self.training else 0.0
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """ΔW, scaling included, in the weight's own shape and dtype."""
@@ -190,11 +198,6 @@ class LoRALinear(LowRank, nn.Linear):
         lora.training = layer.training
         return lora
 
-    def reset_lora(self) -> None:
-        """Start again: A Kaiming-uniform, B zero (the paper says Gaussian; loralib and PEFT do this)."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-
     def forward(self, x: Tensor) -> Tensor:
         check_shape(self)
         weight = self.weight.T if self.transposed else self.weight
@@ -214,9 +217,6 @@ class LoRALinear(LowRank, nn.Linear):
             refuse_training(self)
             return None
         return low_rank_part(x, self.lora_A, self.scaling, self._dropout_now()), self.lora_B
-
-    def _dropout_now(self) -> float:
-        return self.dropout if self.training else 0.0
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return (self.lora_A.T, self.lora_B.T) if self.transposed else (self.lora_B, self.lora_A)
@@ -260,16 +260,11 @@ class LoRAQuantisedLinear(LowRank, QuantisedLinear):
         lora.training = layer.training
         return lora
 
-    def reset_lora(self) -> None:
-        """Start again: A Kaiming-uniform, B zero, as LoRALinear."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             refuse_training(self)
             return quantised_linear(x, self.quantised, self.bias)
-        low = low_rank_part(x, self.lora_A, self.scaling, self.dropout if self.training else 0.0)
+        low = low_rank_part(x, self.lora_A, self.scaling, self._dropout_now())
         return quantised_linear(x, self.quantised, self.bias).add_(F.linear(low, self.lora_B))
 
     @torch.no_grad()

@@ -184,7 +184,8 @@ class Maker:
     def base(self) -> dict:
         """Pre-train on code; ship in half precision. Rows that were recorded with another base go."""
         if "base" in self.facts():
-            (self.out / "sweeps.json").unlink(missing_ok=True)
+            for name in ("sweeps.json", "methods.json"):
+                (self.out / name).unlink(missing_ok=True)
         code = corpus.load_corpus("code")
         torch.manual_seed(0)
         model = TinyLM(layers=LAYERS)
@@ -203,7 +204,11 @@ class Maker:
         return self.summary(history) | {"learning_rate": BASE_RATE, "batch": "16 × 256"}
 
     def tune(self) -> dict:
-        """Full tuning on reference from the base as shipped: the rate by validation text, then a second seed."""
+        """Full tuning on reference from the base as shipped: the rate by validation text, then a second seed.
+
+        Where it is done anew, the methods' rows go: their near task starts from it.
+        """
+        (self.out / "methods.json").unlink(missing_ok=True)
         trials = {rate: self._tune(f"tune_{rate}", rate, seed=0) for rate in TUNE_RATES}
         rate = min(trials, key=lambda r: trials[r][1]["held_out"][-1][1])
         second = self._tune(f"tune_{rate}_seed_1", rate, seed=1)
@@ -413,7 +418,9 @@ class Maker:
 
     def side_by_side(self, stage: str) -> dict:
         """One stage of the methods side by side, and methods.json with the rows of all stages so far."""
-        folder = self.work / "methods" / constants_of("methods_far")
+        folder = (
+            self.work / "methods" / constants_of("methods_near")
+        )  # which has all that the three stages need
         with tqdm(desc=stage, leave=False) as bar:
             tell = lambda text: bar.update()
             for _ in methods.record_stage(stage, self.method_rows(), folder, tell=tell, **self._budgets()):
@@ -429,7 +436,8 @@ class Maker:
         by_name = {methods.name_of(row): row for row in rows}
         asked = [run for wanted in methods.STAGES.values() for run in wanted(rows, **self._budgets())]
         names = dict.fromkeys(methods.name_of(run) for run in asked)
-        before = [methods.untuned(task) for task in ("far", "near")]
+        known = {row["task"]: row for row in self.method_rows() if row["method"] == "none"}
+        before = [known.get(task) or methods.untuned(task) for task in ("far", "near")]
         ordered = [*before, *(by_name[name] for name in names if name in by_name)]
         head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
         write_atomically(self.out / "methods.json", packed(head, ordered))

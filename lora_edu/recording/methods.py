@@ -6,7 +6,6 @@ regimes.py's. The reader of the rows is `lora_edu.data.load_methods`.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cache
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_edu.data import corpus
-from lora_edu.data.runs import tuned_rate
+from lora_edu.data.runs import tuned_rate, validation_loss
 from lora_edu.lora import add_lora, lora_layers
 from lora_edu.loss import next_token_loss
 from lora_edu.paths import write_atomically
@@ -33,6 +32,7 @@ from lora_edu.tuning import (
     prefix_tuning,
     prompt_tuning,
     stored_parameters,
+    trained_parameters,
 )
 
 # 192 tokens of text leave room for 64 virtual ones in the model's 256 positions; all methods read the same windows.
@@ -53,6 +53,7 @@ SIZES: dict[str, tuple] = {
     "prompt": (4, 16, 64),
     "p-tuning": (16, 64),
 }
+ON = {"lora": "blocks", "lora everywhere": "all"}  # LoRA → the matrices it sits on
 # Method → the middle one of the five rates that are tried first.
 MIDDLE = {
     "full": 3e-3,
@@ -133,7 +134,7 @@ def _grid(rows: list[Mapping], middle: float, places: Iterable[int], **about) ->
     done = {name_of(row): row for row in rows}
     places = list(places)
     while all(name_of(run(place)) in done for place in places):
-        loss = lambda place: _validation(done[name_of(run(place))])
+        loss = lambda place: validation_loss(done[name_of(run(place))])
         best = min(places, key=loss)
         if places[0] < best < places[-1]:
             break
@@ -145,10 +146,6 @@ def _seeds(rows: list[Mapping], **about) -> list[dict]:
     """Three seeds at the tuned rate; none as long as there is no such rate."""
     rate = tuned_rate(rows, **about)
     return [] if rate is None else [about | {"rate": rate, "seed": seed} for seed in SEEDS]
-
-
-def _validation(row: Mapping) -> float:
-    return math.inf if row["validation"] is None else row["validation"]
 
 
 # ---- one run -------------------------------------------------------------------------------------------------
@@ -187,12 +184,9 @@ def apply(model: TinyLM, method: str, size: int | None, seed: int = 0) -> nn.Mod
 
     Virtual tokens start as tokens of the vocabulary's first 5 000 (a prefix as their keys and values); LoRA has s = 1.
     """
-    if method == "lora":
+    if method in ON:
         torch.manual_seed(seed)
-        return add_lora(model, size, size, TARGETS["blocks"])
-    if method == "lora everywhere":
-        torch.manual_seed(seed)
-        return add_lora(model, size, size, TARGETS["all"])
+        return add_lora(model, size, size, TARGETS[ON[method]])
     if method == "bottleneck":
         return bottleneck(model, size, seed=seed)
     if method == "bitfit":
@@ -229,8 +223,8 @@ def record(run: Mapping, folder: Path) -> dict:
     checkpoint = path.with_suffix(".run")
     text = texts(run["task"])
     model = apply(TinyLM.from_state_dict(regimes.start(run["task"])), run["method"], run["size"], run["seed"])
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row = {key: run[key] for key in KEYS} | {"trained": trained, "stored": stored(model, run["method"])}
+    row = {key: run[key] for key in KEYS}
+    row |= {"trained": trained_parameters(model), "stored": stored(model, run["method"])}
     try:
         history = fit(
             model,
@@ -254,9 +248,7 @@ def record(run: Mapping, folder: Path) -> dict:
 
 def stored(model: nn.Module, method: str) -> int:
     """The numbers that a method's file holds; of LoRA and full tuning all that are trained."""
-    if method in ("full", "lora", "lora everywhere"):
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return stored_parameters(model)
+    return trained_parameters(model) if method == "full" or method in ON else stored_parameters(model)
 
 
 @torch.no_grad()

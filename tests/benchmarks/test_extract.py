@@ -1,18 +1,12 @@
 """The benchmark of `lora-edu extract`, small: its spectrum is the one it claims, and what it measures is there."""
 
-import importlib.util
 import json
 
 import pytest
 import torch
+from opened import open_benchmark
 
-from lora_edu.paths import REPOSITORY
-
-specification = importlib.util.spec_from_file_location(
-    "bench_extract", REPOSITORY / "benchmarks" / "extract.py"
-)
-benchmark = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(benchmark)
+benchmark = open_benchmark("extract")
 
 
 def test_reflections_keep_the_singular_values():

@@ -1,27 +1,20 @@
 """The benchmark of the ways to tune, small: it puts on a model what it predicts, and what it measures is there."""
 
-import importlib.util
 import json
 import os
 
 import pytest
 import torch
+from opened import open_benchmark
 
 from lora_edu import counting
-from lora_edu.paths import REPOSITORY
 
 pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    place = REPOSITORY / "benchmarks" / "methods.py"
-    specification = importlib.util.spec_from_file_location("bench_methods", place)
-    module = importlib.util.module_from_spec(specification)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPOSITORY / "benchmarks"))  # as for a script: it imports extract beside it
-        specification.loader.exec_module(module)
-    return module
+    return open_benchmark("methods")
 
 
 @pytest.mark.parametrize("kind", ["TinyLM", "GPT-2"])

@@ -1,24 +1,15 @@
 """The benchmark of four-bit layers, small: every way computes the same layer, and what it measures is there."""
 
-import importlib.util
 import json
 
 import pytest
 import torch
-
-from lora_edu.paths import REPOSITORY
+from opened import open_benchmark
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(
-        str(REPOSITORY / "benchmarks")
-    )  # as for a script: it imports extract beside it
-    place = REPOSITORY / "benchmarks" / "quantised.py"
-    specification = importlib.util.spec_from_file_location("bench_quantised", place)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def benchmark():
+    return open_benchmark("quantised")
 
 
 def test_the_ways_are_one_layer(benchmark):

@@ -1,27 +1,18 @@
 """The benchmark of serving, small: every way computes the same rows, and what it measures is there."""
 
-import importlib.util
 import json
 
 import pytest
 import torch
-
-from lora_edu.paths import REPOSITORY
+from opened import open_benchmark
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(
-        str(REPOSITORY / "benchmarks")
-    )  # as for a script: it imports extract beside it
-    place = REPOSITORY / "benchmarks" / "serving.py"
-    specification = importlib.util.spec_from_file_location("bench_serving", place)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def benchmark():
+    return open_benchmark("serving")
 
 
 @pytest.mark.parametrize("adapters", [1, 3, 64])
