@@ -179,12 +179,20 @@ class NotebookPage:
             raise AssertionError(f"running all cells failed: {failed}")
 
     def save(self) -> None:
-        self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        """Saves as Ctrl-S does; returns when the file is written, without waiting for its checkpoint."""
+        self.page.evaluate(SAVE)
+        self.page.wait_for_function("() => window.courseSaved !== undefined")
+        said = self.page.evaluate("() => window.courseSaved")
+        assert said.startswith("completed"), f"saving: {said}"
         self.page.wait_for_function(f"() => !({PANEL}).context.model.dirty")
 
     def ran(self) -> list[str]:
         """The sources of the cells that the kernel has run, in that order."""
-        return json.loads(self.page.evaluate(ASK_KERNEL, TELL_HISTORY))
+        return json.loads(self.ask_kernel(TELL_HISTORY))
+
+    def ask_kernel(self, code: str) -> str:
+        """What code prints in the notebook's kernel. `evaluate` waits without end; a lost answer shall be an error."""
+        return self.page.evaluate(ASK_KERNEL, [code, PATIENCE * 1000])
 
     def pictures(self) -> list[int]:
         """The cells that show a picture in their output, by index."""
@@ -197,7 +205,7 @@ class NotebookPage:
 
     def drawn(self) -> dict[int, list[dict]]:
         """What the kernel knows of each explorer, by cell: how many pictures, seconds, bytes, complaints."""
-        told = json.loads(self.page.evaluate(ASK_KERNEL, TELL))
+        told = json.loads(self.ask_kernel(TELL))
         index = {identity: place for place, identity in enumerate(self.page.evaluate(IDENTITIES))}
         return {index[cell]: drawings for cell, drawings in told.items() if drawings}
 
@@ -331,6 +339,18 @@ RUN_ALL = f"""() => {{
     .catch(error => {{ window.courseRan = String(error); }});
 }}"""
 
+SAVE = f"""() => {{
+  delete window.courseSaved;
+  const context = {PANEL}.context;
+  const told = (_, state) => {{
+    if (state === "started") return;
+    context.saveState.disconnect(told);
+    window.courseSaved = state;
+  }};
+  context.saveState.connect(told);
+  window.jupyterapp.commands.execute("docmanager:save");
+}}"""
+
 CELLS_WITH = f"""mime => {PANEL}.content.widgets
   .map((cell, index) => [index, cell.model.outputs ? cell.model.outputs.toJSON() : []])
   .filter(([index, outputs]) => outputs.some(output => output.data && mime in output.data))
@@ -368,12 +388,13 @@ import json as _json
 print(_json.dumps(get_ipython().history_manager.input_hist_raw[1:]))
 """
 
-ASK_KERNEL = f"""async code => {{
+ASK_KERNEL = f"""async ([code, patience]) => {{
   const kernel = {PANEL}.sessionContext.session.kernel;
   const future = kernel.requestExecute({{ code, store_history: false }});
   let text = "";
   future.onIOPub = message => {{ text += message.content.text || ""; }};
-  await future.done;
+  const late = new Promise((_, fail) => setTimeout(() => fail(new Error("the kernel does not answer")), patience));
+  await Promise.race([future.done, late]);
   return text;
 }}"""
 
