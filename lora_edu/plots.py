@@ -919,9 +919,6 @@ def rate_panels(
     """
     rows = -(-len(panels) // columns)
     made, grid = subplots(rows, columns, size=(7.2, 1.9 * rows), sharey=True, squeeze=False)
-    highest = max(
-        each for lines in panels.values() for line in lines.values() for each in line.values() if each
-    )
     for axes, (title, lines) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=("", {})):
         axes.set_visible(bool(lines))
         for (name, losses), colour in zip(lines.items(), PALETTE, strict=False):
@@ -930,18 +927,17 @@ def rate_panels(
             axes.plot(
                 went, [losses[rate] for rate in went], color=colour, marker=".", linewidth=1.1, label=name
             )
-            axes.plot(
-                [r for r in tried if losses[r] is None],
-                [highest] * (len(tried) - len(went)),
-                "x",
-                color=colour,
-            )
+            lost = [rate for rate in tried if losses[rate] is None]
+            at_the_top = (
+                axes.get_xaxis_transform()
+            )  # in shares of the panel's height, whatever the losses are
+            axes.plot(lost, [0.96] * len(lost), "x", color=colour, transform=at_the_top)
             best = min(went, key=losses.get)
             edge = best in (tried[0], tried[-1])
             ring = {"marker": "s", "color": "red"} if edge else {"marker": "o", "color": colour}
             axes.plot(best, losses[best], markersize=9, markerfacecolor="none", linestyle="", **ring)
         if len(lines) > 1:
-            axes.legend(fontsize=7, handlelength=1, loc="upper center", borderaxespad=0)
+            axes.legend(fontsize=7, handlelength=1, loc="upper left", borderaxespad=0)
         axes.set_title(title, size=8)
         axes.set(**{"xscale": "log"} | labels)
         axes.xaxis.set_minor_locator(NullLocator())
