@@ -25,6 +25,7 @@ from lora_edu.recording.run import TARGETS, _one_thread
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, fit
 from lora_edu.tuning import (
+    applied,
     bitfit,
     bottleneck,
     ia3,
@@ -96,12 +97,12 @@ def wanted_far(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) ->
     for method, sizes in SIZES.items():
         ends = dict.fromkeys((sizes[0], sizes[-1]))
         for size in ends:
-            runs += _grid(
+            runs += grid(
                 rows, MIDDLE[method], range(-2, 3), task="far", method=method, size=size, steps=short
             )
     for method, sizes in SIZES.items():
         for size in sizes:
-            runs += _seeds(rows, task="far", method=method, size=size, steps=short)
+            runs += seeds_of(rows, task="far", method=method, size=size, steps=short)
     return runs
 
 
@@ -112,8 +113,8 @@ def wanted_near(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -
         far = tuned_rate(rows, "far", method, size, short)
         if far is None:
             continue
-        runs += _grid(rows, far / 2, range(-1, 2), task="near", method=method, size=size, steps=short)
-        runs += _seeds(rows, task="near", method=method, size=size, steps=short)
+        runs += grid(rows, far / 2, range(-1, 2), task="near", method=method, size=size, steps=short)
+        runs += seeds_of(rows, task="near", method=method, size=size, steps=short)
     return runs
 
 
@@ -124,11 +125,11 @@ def wanted_long(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -
         size = ONE_SIZE[method]
         rate = tuned_rate(rows, "far", method, size, short)
         if rate is not None:
-            runs += _grid(rows, rate, range(-1, 2), task="far", method=method, size=size, steps=long)
+            runs += grid(rows, rate, range(-1, 2), task="far", method=method, size=size, steps=long)
     return runs
 
 
-def _grid(rows: list[Mapping], middle: float, places: Iterable[int], **about) -> list[dict]:
+def grid(rows: list[Mapping], middle: float, places: Iterable[int], **about) -> list[dict]:
     """The rates middle · 2^place, and beyond either end as long as the best of them is that end; seed 0."""
     run = lambda place: about | {"rate": float(f"{middle * FACTOR**place:.3g}"), "seed": 0}
     done = {name_of(row): row for row in rows}
@@ -142,7 +143,7 @@ def _grid(rows: list[Mapping], middle: float, places: Iterable[int], **about) ->
     return [run(place) for place in places]
 
 
-def _seeds(rows: list[Mapping], **about) -> list[dict]:
+def seeds_of(rows: list[Mapping], **about) -> list[dict]:
     """Three seeds at the tuned rate; none as long as there is no such rate."""
     rate = tuned_rate(rows, **about)
     return [] if rate is None else [about | {"rate": rate, "seed": seed} for seed in SEEDS]
@@ -215,40 +216,51 @@ def groups_of(model: nn.Module, rate: float) -> list[dict]:
     return [{"params": usual, "lr": rate}, *([{"params": slower, "lr": rate / 3}] if slower else [])]
 
 
+def prepare(run: Mapping) -> tuple[nn.Module, torch.optim.Optimizer, dict]:
+    """The tuned task's model with the run's method on it, its optimizer, and what `fit` is told beside them."""
+    model = apply(TinyLM.from_state_dict(regimes.start(run["task"])), run["method"], run["size"], run["seed"])
+    return model, torch.optim.AdamW(groups_of(model, run["rate"]), betas=(0.9, 0.95), weight_decay=0.0), {}
+
+
 def record(run: Mapping, folder: Path) -> dict:
     """Do a run, or read its row if it has been done: folder/NAME.json."""
+    return recorded(run, folder, prepare)
+
+
+def recorded(
+    run: Mapping,
+    folder: Path,
+    prepared: Callable[[Mapping], tuple[nn.Module, torch.optim.Optimizer, dict]],
+    further: Callable[[nn.Module, torch.optim.Optimizer], dict] = lambda model, optimizer: {},
+) -> dict:
+    """`record` for any way to prepare a run; `further` says what else goes into the row of one that didn't blow up."""
     path = folder / f"{name_of(run)}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     checkpoint = path.with_suffix(".run")
     text = texts(run["task"])
-    model = apply(TinyLM.from_state_dict(regimes.start(run["task"])), run["method"], run["size"], run["seed"])
+    model, optimizer, told = prepared(run)
     row = {key: run[key] for key in KEYS}
-    row |= {"trained": trained_parameters(model), "stored": stored(model, run["method"])}
+    row |= {"trained": trained_parameters(model), "stored": stored(model)}
+    batches = Batches(text["train"], batch=BATCH, context=CONTEXT, seed=run["seed"])
     try:
-        history = fit(
-            model,
-            Batches(text["train"], batch=BATCH, context=CONTEXT, seed=run["seed"]),
-            torch.optim.AdamW(groups_of(model, run["rate"]), betas=(0.9, 0.95), weight_decay=0.0),
-            run["steps"],
-            checkpoint=checkpoint,
-            progress=False,
-        )
+        told = {"checkpoint": checkpoint, "progress": False} | told
+        history = fit(model, batches, optimizer, run["steps"], **told)
     except FloatingPointError as error:  # a rate that is too large is a result, too
         row |= {"validation": None, "test": None, "code": None, "failed": str(error)}
     else:
         row |= {name: round(loss_on(model, text[name]), 4) for name in ("validation", "test", "code")}
         last = history.steps[-20:]
         row |= {"training": round(sum(each["loss"] for each in last) / len(last), 4)}
-        row |= {"seconds": round(history.seconds, 1)}
+        row |= {"seconds": round(history.seconds, 1)} | further(model, optimizer)
     write_atomically(path, json.dumps(row).encode())
     checkpoint.unlink(missing_ok=True)
     return row
 
 
-def stored(model: nn.Module, method: str) -> int:
+def stored(model: nn.Module) -> int:
     """The numbers that a method's file holds; of LoRA and full tuning all that are trained."""
-    return trained_parameters(model) if method == "full" or method in ON else stored_parameters(model)
+    return trained_parameters(model) if applied(model) is None else stored_parameters(model)
 
 
 @torch.no_grad()
@@ -288,10 +300,13 @@ def record_stage(
     tell: Callable[[str], None] = print,
     short: int = STEPS,
     long: int = LONG,
+    stages: Mapping[str, Callable] = STAGES,
+    do: Callable[[Mapping, Path], dict] = record,
 ) -> Iterator[dict]:
     """The rows of a stage that are not among `rows`, as they are done; `processes` at a time with one thread each.
 
-    Stopped, it goes on from there. short, long: the two budgets of steps.
+    Stopped, it goes on from there. short, long: the two budgets of steps. stages, do: another set of runs, and what
+    does one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {name_of(row): row for row in rows if row["method"] != "none"}
@@ -299,9 +314,9 @@ def record_stage(
         waiting = {}
         try:
             while True:
-                for run in STAGES[stage](list(known.values()), short, long):
+                for run in stages[stage](list(known.values()), short, long):
                     if name_of(run) not in known and name_of(run) not in waiting.values():
-                        waiting[pool.submit(record, run, folder)] = name_of(run)
+                        waiting[pool.submit(do, run, folder)] = name_of(run)
                 if not waiting:
                     return
                 for done in wait(waiting, return_when=FIRST_COMPLETED).done:

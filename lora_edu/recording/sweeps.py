@@ -10,8 +10,11 @@ from functools import cache
 from lora_edu.data import shipped
 from lora_edu.data.runs import (
     RANKS,
+    SETTINGS,
     SIZES,
+    STEPS,
     around,
+    best,
     by_dimension,
     embedding_for,
     levels,
@@ -137,6 +140,25 @@ def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict
     return list(asked.values())
 
 
+def draws(rows: Iterable[Mapping], before: float | None = None) -> list[dict]:
+    """Two more seeds, each its own draw of P, at both ends of every interval that `bisection` found; and of the tuned
+    runs with a frozen A.
+
+    Subspaces of different dimension are drawn anew and not nested, so a crossing may be one draw's.
+    """
+    rows = list(rows)
+    before = _base_accuracy() if before is None else before
+    again = []
+    for scope in DIMENSIONS:
+        known = by_dimension(rows, scope)
+        for level in levels(before, known[SIZES[scope]]["accuracy"]).values():
+            again += [known[d] for d in around(known, level)]
+    usual = {"method": "frozen A", "text": "reference", "steps": STEPS, "seed": 0}
+    again += [best(rows, rank=r, targets=targets, **usual) for r, targets in FROZEN_RATES]
+    asked = [{key: row[key] for key in SETTINGS} | {"seed": seed} for row in again for seed in SEEDS[1:]]
+    return list({name_of(run): run for run in asked}.values())
+
+
 def cuts() -> list[dict]:
     """Full tuning, and LoRA at rank 64, whose ΔW is cut to every rank: each rank may choose its rate."""
     full = [run_of(method="full", rate=rate, embedding=1.0) for rate in (3.75e-4, 7.5e-4, *FULL_RATES)]
@@ -220,6 +242,7 @@ STAGES: dict[str, Callable[[list[dict]], list[dict]]] = {
     "ranks": ranks,
     "subspaces": lambda rows: subspaces(),
     "bisection": bisection,
+    "draws": draws,
     "cuts": lambda rows: cuts(),
     "common_rate": lambda rows: common_rate(),
     "spreads": lambda rows: spreads(),
