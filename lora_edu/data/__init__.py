@@ -13,6 +13,7 @@ from lora_edu.data.shipped import (
     load_mixtures,
     load_regimes,
     load_sweeps,
+    load_variants,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "load_peft_comparison",
     "load_regimes",
     "load_sweeps",
+    "load_variants",
 ]

@@ -140,6 +140,19 @@ def load_methods(**settings) -> list[dict]:
     return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
 
 
+def load_variants(**settings) -> list[dict]:
+    """The rows of data/variants.json with the given settings (`task="far"`, `method="dora"`, `size=4`, `seed=0`, …),
+    and before them the rows of LoRA in 100 steps on the same matrices that `load_methods` has.
+
+    A row is one of `load_methods`; size is the rank, of AdaLoRA the mean rank at the end. AdaLoRA's has `ranks` too,
+    layer → rank. "lora, alpha 4" and "rslora, alpha 2" are LoRA with s = 4/r and 2/√r; everything else has s = 1. Of
+    "lora+" `rate` is A's, B's is 16 times that. `lora_edu.recording.variants` made them.
+    """
+    rows = json.loads(data_file("variants.json").read_text(encoding="utf-8"))["rows"]
+    rows = load_methods(method="lora", steps=100) + rows
+    return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
+
+
 def load_deltas() -> dict:
     """What `lora_edu.recording.deltas` found after short tunings: "another text", "planted with labels"."""
     return json.loads(data_file("deltas.json").read_text(encoding="utf-8"))

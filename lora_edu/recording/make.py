@@ -29,7 +29,7 @@ from lora_edu.data import comparison, corpus, published, shipped
 from lora_edu.data.runs import SETTINGS, best, name_of
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
-from lora_edu.recording import analysis, deltas, methods, mixtures, ngrams, regimes, sweeps
+from lora_edu.recording import analysis, deltas, methods, mixtures, ngrams, regimes, sweeps, variants
 from lora_edu.recording import published as published_figures
 from lora_edu.recording.run import (
     TARGETS,
@@ -47,7 +47,7 @@ from lora_edu.training import Batches, evaluate, fit
 LAYERS = 6
 BASE_STEPS, BASE_RATE = 3200, 4e-3
 TUNE_STEPS, TUNE_RATES = 260, (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2)
-SGD_RATES = (0.3, 1.0)
+SGD_RATES = (0.1, 0.3, 1.0)
 PLANTED = {"matrix": "blocks.3.mlp.up.weight", "rank": 2, "relative_norm": 0.5, "steps": 800, "rate": 3e-3}
 ADAPTERS = {f"reference_r{rank}": (rank, 0) for rank in (1, 2, 4, 8, 16)} | {"reference_r8_seed_1": (8, 1)}
 # beside those, one on another text: the rate that was best on its validation text
@@ -68,7 +68,14 @@ STAGES = (
     "published",
     "deltas",
     *methods.STAGES,
+    *variants.STAGES,
 )
+# Stage → whose runs it has: rows of one kind, in NAME.json, the first with the rows of the models before tuning.
+SIDE_BY_SIDE = {
+    stage: (name, module)
+    for name, module in (("methods", methods), ("variants", variants))
+    for stage in module.STAGES
+}
 CHECKED = (  # what `--check` runs again unless told otherwise
     "lora rank=1 rate=0.012 targets=blocks steps=8",
     "lora rank=8 rate=0.012 steps=100",
@@ -100,6 +107,10 @@ CONSTANTS: dict[str, tuple] = {
     "published": (published.PUBLISHED["rxnfp"].requirement, published_figures.RANKS, published_figures.SIZES),
     "deltas": (deltas.RATE, deltas.STEPS, deltas.BATCH, deltas.SIZES, deltas.CUTS, deltas.PAIRS),
     "methods_far": (methods.CONTEXT, methods.BATCH),
+    "variants_far": (
+        (variants.RATIO, variants.GRADIENT_BATCHES),
+        (variants.EXTRA, variants.WARM, variants.SETTLED, variants.ORTHOGONAL),
+    ),
 }
 NEEDS = {
     "losses": ("tune",),
@@ -107,6 +118,9 @@ NEEDS = {
     "mixtures": ("adapters", "second_text"),
     "methods_near": ("tune", "methods_far"),
     "methods_long": ("methods_far",),
+    "variants_far": ("methods_far",),
+    "variants_near": ("methods_near", "tune", "methods_far"),
+    "variants_scaling": ("methods_far",),
 }  # stages whose files one builds on, beside the base's
 
 
@@ -150,15 +164,15 @@ class Maker:
     def _do(self, stage: str) -> dict:
         if stage in sweeps.STAGES:
             return self.sweep(stage)
-        return self.side_by_side(stage) if stage in methods.STAGES else getattr(self, stage)()
+        return self.side_by_side(stage) if stage in SIDE_BY_SIDE else getattr(self, stage)()
 
     def done(self, stage: str) -> bool:
         """Whether the manifest has the stage, made with today's constants, and no run that it asks for is missing."""
         facts = self.facts().get(stage)
         if facts is None or facts.get("constants", constants_of(stage)) != constants_of(stage):
             return False
-        if stage in methods.STAGES:
-            return not self._wanted_methods(stage)
+        if stage in SIDE_BY_SIDE:
+            return not self._missing(stage)
         return stage not in sweeps.STAGES or not self._wanted(stage, self.rows())
 
     # ---- stages ------------------------------------------------------------------------------------------------
@@ -184,7 +198,7 @@ class Maker:
     def base(self) -> dict:
         """Pre-train on code; ship in half precision. Rows that were recorded with another base go."""
         if "base" in self.facts():
-            for name in ("sweeps.json", "methods.json"):
+            for name in ("sweeps.json", "methods.json", "variants.json"):
                 (self.out / name).unlink(missing_ok=True)
         code = corpus.load_corpus("code")
         torch.manual_seed(0)
@@ -206,9 +220,10 @@ class Maker:
     def tune(self) -> dict:
         """Full tuning on reference from the base as shipped: the rate by validation text, then a second seed.
 
-        Where it is done anew, the methods' rows go: their near task starts from it.
+        Where it is done anew, the rows of methods and variants go: their near task starts from it.
         """
-        (self.out / "methods.json").unlink(missing_ok=True)
+        for name in ("methods.json", "variants.json"):
+            (self.out / name).unlink(missing_ok=True)
         trials = {rate: self._tune(f"tune_{rate}", rate, seed=0) for rate in TUNE_RATES}
         rate = min(trials, key=lambda r: trials[r][1]["held_out"][-1][1])
         second = self._tune(f"tune_{rate}_seed_1", rate, seed=1)
@@ -417,44 +432,63 @@ class Maker:
         return {"tunings": 4, "rate": deltas.RATE, "steps": deltas.STEPS}
 
     def side_by_side(self, stage: str) -> dict:
-        """One stage of the methods side by side, and methods.json with the rows of all stages so far."""
-        folder = (
-            self.work / "methods" / constants_of("methods_near")
-        )  # which has all that the three stages need
+        """One stage of the methods or the variants side by side, and their file with the rows of all stages so far."""
+        name, module = SIDE_BY_SIDE[stage]
+        # the near stage's constants are all that the three stages need
+        folder = self.work / name / constants_of(f"{name}_near")
+        known = self._known(name)
         with tqdm(desc=stage, leave=False) as bar:
-            tell = lambda text: bar.update()
-            for _ in methods.record_stage(stage, self.method_rows(), folder, tell=tell, **self._budgets()):
+            about = {"tell": lambda text: bar.update(), "stages": module.STAGES, "do": module.record}
+            for _ in methods.record_stage(stage, known, folder, **about, **self._budgets()):
                 pass
         read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-        self.write_methods(read)
-        own = [row for row in self.method_rows() if row["method"] != "none"]
-        asked = methods.STAGES[stage](own, **self._budgets())
+        (self.write_methods if name == "methods" else self.write_variants)(read)
+        asked = module.STAGES[stage](self._known(name), **self._budgets())
         return {"runs": len({methods.name_of(run) for run in asked})}
 
     def write_methods(self, rows: list[dict]) -> None:
         """methods.json, a row a line, in the order of the stages, with the rows of the models before tuning."""
-        by_name = {methods.name_of(row): row for row in rows}
-        asked = [run for wanted in methods.STAGES.values() for run in wanted(rows, **self._budgets())]
-        names = dict.fromkeys(methods.name_of(run) for run in asked)
         known = {row["task"]: row for row in self.method_rows() if row["method"] == "none"}
         before = [known.get(task) or methods.untuned(task) for task in ("far", "near")]
-        ordered = [*before, *(by_name[name] for name in names if name in by_name)]
-        head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
-        write_atomically(self.out / "methods.json", packed(head, ordered))
-        self.describe(
-            "methods.json", "every other way to tune TinyLM side by side: settings, losses, numbers trained"
-        )
+        made = "every other way to tune TinyLM side by side: settings, losses, numbers trained"
+        self._write_side_by_side("methods", before, rows, made)
 
-    def method_rows(self) -> list[dict]:
-        """The rows of methods.json so far."""
-        path = self.out / "methods.json"
+    def write_variants(self, rows: list[dict]) -> None:
+        """variants.json, a row a line, in the order of the stages; LoRA's rows that methods.json has are not in it."""
+        made = "LoRA's variants side by side: settings, losses, numbers trained"
+        self._write_side_by_side("variants", [], rows, made)
+
+    def _write_side_by_side(self, name: str, before: list[dict], rows: list[dict], made: str) -> None:
+        module = {"methods": methods, "variants": variants}[name]
+        by_name = {methods.name_of(row): row for row in rows}
+        all_rows = [*self._shared(name), *by_name.values()]
+        asked = [run for wanted in module.STAGES.values() for run in wanted(all_rows, **self._budgets())]
+        names = dict.fromkeys(methods.name_of(run) for run in asked)
+        ordered = [*before, *(by_name[each] for each in names if each in by_name)]
+        head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
+        write_atomically(self.out / f"{name}.json", packed(head, ordered))
+        self.describe(f"{name}.json", made)
+
+    def method_rows(self, name: str = "methods") -> list[dict]:
+        """The rows of methods.json or variants.json so far."""
+        path = self.out / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
-    def _wanted_methods(self, stage: str) -> list[dict]:
-        rows = [row for row in self.method_rows() if row["method"] != "none"]
+    def _known(self, name: str) -> list[dict]:
+        """The rows of runs that the stages of methods or of variants know."""
+        return self._shared(name) + [row for row in self.method_rows(name) if row["method"] != "none"]
+
+    def _shared(self, name: str) -> list[dict]:
+        """The rows of methods.json that belong among the variants, too: LoRA's in the short budget of steps."""
+        short = {"method": "lora", "steps": self._budgets()["short"]}
+        return [row for row in self.method_rows() if name == "variants" and short.items() <= row.items()]
+
+    def _missing(self, stage: str) -> list[dict]:
+        name, module = SIDE_BY_SIDE[stage]
+        rows = self._known(name)
         known = {methods.name_of(row) for row in rows}
         return [
-            run for run in methods.STAGES[stage](rows, **self._budgets()) if methods.name_of(run) not in known
+            run for run in module.STAGES[stage](rows, **self._budgets()) if methods.name_of(run) not in known
         ]
 
     def _budgets(self) -> dict[str, int]:
@@ -611,11 +645,11 @@ def main(argv: list[str] | None = None) -> int:
             *work.glob("*.safetensors"),
             *(
                 arguments.out / name
-                for name in ("MANIFEST.json", "sweeps.json", "regimes.json", "methods.json")
+                for name in ("MANIFEST.json", "sweeps.json", "regimes.json", "methods.json", "variants.json")
             ),
         ]:
             path.unlink(missing_ok=True)
-        for name in ("runs", "regimes", "methods"):
+        for name in ("runs", "regimes", "methods", "variants"):
             shutil.rmtree(work / name, ignore_errors=True)
     torch.set_num_threads(2)
     shipped.use_folder(arguments.out)

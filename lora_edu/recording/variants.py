@@ -72,7 +72,7 @@ SCALES: dict[str, Callable[[int], float]] = {
     "rslora, alpha 2": lambda r: 2 / math.sqrt(r),
 }
 SCALED_RANKS = (1, 16)
-# AdaLoRA: half as many triplets again at the start; none goes in the first tenth, all that go are gone for the last 30 %
+# AdaLoRA: half as many triplets again at the start; none goes in the first tenth, and none in the last 30 %
 EXTRA, WARM, SETTLED, ORTHOGONAL = 1.5, 0.1, 0.3, 0.1
 GRADIENT_BATCHES = 8  # of LoRA-GA
 
@@ -80,11 +80,11 @@ GRADIENT_BATCHES = 8  # of LoRA-GA
 # ---- which runs ------------------------------------------------------------------------------------------------
 
 
-def wanted_far(rows: Iterable[Mapping], steps: int = STEPS, _: int = 0) -> list[dict]:
+def wanted_far(rows: Iterable[Mapping], short: int = STEPS, long: int = 0) -> list[dict]:
     """Five rates or more at the first size, three or more around its best at the second; three seeds at each best."""
     rows, runs = list(rows), []
     for method, sizes in SIZES.items():
-        about = {"task": "far", "method": method, "steps": steps}
+        about = {"task": "far", "method": method, "steps": short}
         runs += grid(rows, MIDDLE[method], range(-2, 3), size=sizes[0], **about)
         first = tuned_rate(rows, size=sizes[0], **about)
         if first is not None and sizes[1:] and method != "lora":  # LoRA's at 16 is methods.py's
@@ -94,23 +94,23 @@ def wanted_far(rows: Iterable[Mapping], steps: int = STEPS, _: int = 0) -> list[
     return runs
 
 
-def wanted_near(rows: Iterable[Mapping], steps: int = STEPS, _: int = 0) -> list[dict]:
+def wanted_near(rows: Iterable[Mapping], short: int = STEPS, long: int = 0) -> list[dict]:
     """The first size on the near task: three rates or more around half of the far one's, then three seeds."""
     rows, runs = list(rows), []
     for method, (size, *_rest) in SIZES.items():
-        far = tuned_rate(rows, "far", method, size, steps)
+        far = tuned_rate(rows, "far", method, size, short)
         if far is None or method == "lora":  # methods.py's
             continue
-        about = {"task": "near", "method": method, "size": size, "steps": steps}
+        about = {"task": "near", "method": method, "size": size, "steps": short}
         runs += grid(rows, _on_lattice(far) / 2, range(-1, 2), **about)
         runs += seeds_of(rows, **about)
     return runs
 
 
-def wanted_scaling(rows: Iterable[Mapping], steps: int = STEPS, _: int = 0) -> list[dict]:
+def wanted_scaling(rows: Iterable[Mapping], short: int = STEPS, long: int = 0) -> list[dict]:
     """Five rates or more for other scalings of LoRA at the ranks beside 4, and for PiSSA at rank 1; one seed."""
     rows, runs = list(rows), []
-    about = {"task": "far", "steps": steps}
+    about = {"task": "far", "steps": short}
     for method in SCALES:
         for rank in SCALED_RANKS:
             runs += grid(rows, 1.6e-2, range(-2, 3), method=method, size=rank, **about)
@@ -122,6 +122,7 @@ def _on_lattice(rate: float) -> float:
     return 1e-3 * 2 ** round(math.log2(rate / 1e-3))
 
 
+# Stage → the runs that it asks for, given the rows so far; the second budget of steps is methods.py's alone.
 STAGES: dict[str, Callable[[Iterable[Mapping], int, int], list[dict]]] = {
     "variants_far": wanted_far,
     "variants_near": wanted_near,
@@ -189,9 +190,7 @@ def _further(model: nn.Module, optimizer: torch.optim.Optimizer, method: str) ->
     if method == "adalora":
         return {"ranks": optimizer.budget.ranks()}
     if method in ("pissa", "lora-ga"):
-        return {
-            "stored": 2 * sum(e.lora_A.numel() + e.lora_B.numel() for e in lora_layers(model).values())
-        }
+        return {"stored": 2 * sum(e.lora_A.numel() + e.lora_B.numel() for e in lora_layers(model).values())}
     return {}
 
 
