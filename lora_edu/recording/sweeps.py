@@ -141,8 +141,8 @@ def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict
 
 
 def draws(rows: Iterable[Mapping], before: float | None = None) -> list[dict]:
-    """Two more seeds, each its own draw of P, at both ends of every interval that `bisection` found; and of the tuned
-    runs with a frozen A.
+    """Two more seeds, each its own draw of P, at both ends of every interval that `bisection` found and at the next
+    dimension above it; and of the tuned runs with a frozen A.
 
     Subspaces of different dimension are drawn anew and not nested, so a crossing may be one draw's.
     """
@@ -152,7 +152,8 @@ def draws(rows: Iterable[Mapping], before: float | None = None) -> list[dict]:
     for scope in DIMENSIONS:
         known = by_dimension(rows, scope)
         for level in levels(before, known[SIZES[scope]]["accuracy"]).values():
-            again += [known[d] for d in around(known, level)]
+            below, above = around(known, level)
+            again += [known[d] for d in (below, above, min(d for d in known if d > above))]
     usual = {"method": "frozen A", "text": "reference", "steps": STEPS, "seed": 0}
     again += [best(rows, rank=r, targets=targets, **usual) for r, targets in FROZEN_RATES]
     asked = [{key: row[key] for key in SETTINGS} | {"seed": seed} for row in again for seed in SEEDS[1:]]

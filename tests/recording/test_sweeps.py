@@ -43,6 +43,17 @@ def test_bisection_asks_for_runs_until_each_d_90_lies_within_its_factor():
             assert right(below) - lost < level <= right(above) - lost, (scope, what)
             assert above / below <= sweeps.NARROW
     assert runs.levels(0.2, 0.4) == pytest.approx({"performance": 0.36, "gain": 0.38})
+    frozen = [run for run in sweeps.subspaces() if run["method"] == "frozen A"]
+    rows += [row(run | {"dimension": 10**6 if run["rate"] == 0.024 else 1000}) for run in frozen]
+    again = sweeps.draws(rows, 0.2)
+    assert {run["seed"] for run in again} == {1, 2} and len(again) == 2 * (12 + 3)
+    ends = {(run["targets"], run["dimension"]) for run in again if run["method"] == "subspace"}
+    for scope in sweeps.DIMENSIONS:
+        found = runs.by_dimension(rows, scope)
+        for level in runs.levels(0.2, accuracy(found[max(found)])).values():
+            below, above = runs.around(found, level)
+            assert {(scope, below), (scope, above)} < {(s, d) for s, d in ends if s == scope and d >= below}
+    assert {run["rate"] for run in again if run["method"] == "frozen A"} == {0.024}
 
 
 @pytest.mark.slow
