@@ -141,10 +141,11 @@ def bisection(rows: Iterable[Mapping], before: float | None = None) -> list[dict
 
 
 def draws(rows: Iterable[Mapping], before: float | None = None) -> list[dict]:
-    """Two more seeds, each its own draw of P, at both ends of every interval that `bisection` found and at the next
-    dimension above it; and of the tuned runs with a frozen A.
+    """Two more seeds, each its own draw of P, at both ends of every interval that `bisection` found, at the next
+    dimension above it and of full tuning of the blocks; and of the tuned runs with a frozen A.
 
-    Subspaces of different dimension are drawn anew and not nested, so a crossing may be one draw's.
+    Subspaces of different dimension are drawn anew and not nested, so a crossing may be one draw's. Full tuning of all
+    weights has its seeds in `ranks`.
     """
     rows = list(rows)
     before = _base_accuracy() if before is None else before
@@ -154,6 +155,7 @@ def draws(rows: Iterable[Mapping], before: float | None = None) -> list[dict]:
         for level in levels(before, known[SIZES[scope]]["accuracy"]).values():
             below, above = around(known, level)
             again += [known[d] for d in (below, above, min(d for d in known if d > above))]
+    again.append(by_dimension(rows, "blocks")[SIZES["blocks"]])
     usual = {"method": "frozen A", "text": "reference", "steps": STEPS, "seed": 0}
     again += [best(rows, rank=r, targets=targets, **usual) for r, targets in FROZEN_RATES]
     asked = [{key: row[key] for key in SETTINGS} | {"seed": seed} for row in again for seed in SEEDS[1:]]

@@ -46,8 +46,9 @@ def test_bisection_asks_for_runs_until_each_d_90_lies_within_its_factor():
     frozen = [run for run in sweeps.subspaces() if run["method"] == "frozen A"]
     rows += [row(run | {"dimension": 10**6 if run["rate"] == 0.024 else 1000}) for run in frozen]
     again = sweeps.draws(rows, 0.2)
-    assert {run["seed"] for run in again} == {1, 2} and len(again) == 2 * (12 + 3)
     ends = {(run["targets"], run["dimension"]) for run in again if run["method"] == "subspace"}
+    assert {run["seed"] for run in again} == {1, 2} and len(again) == 2 * (len(ends) + 3)
+    assert ("blocks", runs.SIZES["blocks"]) in ends and len(ends) <= 12 + 1
     for scope in sweeps.DIMENSIONS:
         found = runs.by_dimension(rows, scope)
         for level in runs.levels(0.2, accuracy(found[max(found)])).values():
