@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from lora_edu import plots
 from lora_edu.data.runs import method_grid, method_runs
@@ -104,7 +103,7 @@ def variants_beside_lora(
         curve.legend()
         curve.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a token")
         curve.set_ylim(lowest - 0.05, min(max(losses[test]), lowest + 1.2) + 0.05)
-        curve.xaxis.set_minor_locator(NullLocator())
+        plots.plain_ticks(curve.xaxis, (0.001, 0.004, 0.016, 0.064, 0.256))
         names = {NAMES[method]: triple for method, triple in differences[test].items()}
         band = detectable(spreads[test], 3)
         plots.differences(beside, [NAMES[method] for method in variants], names, band, NAMES[variant])
