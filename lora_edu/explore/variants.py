@@ -159,6 +159,8 @@ def one_rate_for_all(
         axes.set(xlim=(low - 0.03, high + 0.03), xlabel="test loss, nats a token")
         axes.legend(loc="lower right")
         axes.set_ylim(len(grid) - 0.5, -0.5)
+        for label in axes.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text() == NAMES["lora"] else "normal")
         words = [f"{NAMES[m]} {'blew up' if here[m] is None else format(here[m], '.2f')}" for m in order]
         return f"All at a rate of {rate:g}, best first: {', '.join(words)}."
 
