@@ -102,7 +102,7 @@ def variants_beside_lora(
             curve.plot(best, tried[best], "o", color=colour, markersize=10, markerfacecolor="none")
         curve.legend()
         curve.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a token")
-        curve.set_ylim(lowest - 0.05, min(max(losses[test]), lowest + 1.2) + 0.05)
+        curve.set_ylim(lowest - 0.05, min(max(losses[test]), lowest + 0.7) + 0.05)
         plots.plain_ticks(curve.xaxis, (0.001, 0.004, 0.016, 0.064, 0.256))
         names = {NAMES[method]: triple for method, triple in differences[test].items()}
         band = detectable(spreads[test], 3)
