@@ -292,7 +292,9 @@ A, B = layer.lora_A.detach(), layer.lora_B.detach()
 gradient_A, gradient_B, eye = layer.lora_A.grad.clone(), layer.lora_B.grad.clone(), 1e-6 * torch.eye(r)
 variants.scale_gradients(model, damping=1e-6)
 assert torch.allclose(layer.lora_A.grad, torch.linalg.solve(B.T @ B + eye, gradient_A), rtol=1e-3, atol=1e-6)
-assert torch.allclose(layer.lora_B.grad.T, torch.linalg.solve(A @ A.T + eye, gradient_B.T), rtol=1e-3, atol=1e-6)
+assert torch.allclose(
+    layer.lora_B.grad.T, torch.linalg.solve(A @ A.T + eye, gradient_B.T), rtol=1e-3, atol=1e-6
+)
 
 X = gradient_B.T / gradient_B.norm()
 for _ in range(5):
@@ -300,7 +302,9 @@ for _ in range(5):
     X = 3.4445 * X + (-4.7750 * gram + 2.0315 * gram @ gram) @ X
 assert same(X.T, variants.orthogonalised(gradient_B))
 values = lambda matrix: ", ".join(f"{each:.2f}" for each in torch.linalg.svdvals(matrix))
-print(f"singular values of B's gradient: {values(gradient_B / gradient_B.norm())}; after five turns: {values(X)}")
+print(
+    f"singular values of B's gradient: {values(gradient_B / gradient_B.norm())}; after five turns: {values(X)}"
+)
 
 # %% [markdown]
 # That is all of them. None is more than ten lines away from LoRA.
@@ -436,8 +440,13 @@ for axes, test in zip(panes, TESTS, strict=True):
     plots.differences(axes, [NAMES[method] for method in order], named, surely[test], title=test)
     axes.title.set_size(9)
 figure.supxlabel("test loss − LoRA's, nats a token (left is better)", size=9)
-most = max(abs(middle) for each in difference.values() for m, (middle, _, _) in each.items() if m != "scaled adamw")
-assert 0.044 < most < 0.046 and 0.125 < difference[FAR16]["scaled adamw"][0] < difference[FAR4]["scaled adamw"][0] < 0.145
+most = max(
+    abs(middle) for each in difference.values() for m, (middle, _, _) in each.items() if m != "scaled adamw"
+)
+assert (
+    0.044 < most < 0.046
+    and 0.125 < difference[FAR16]["scaled adamw"][0] < difference[FAR4]["scaled adamw"][0] < 0.145
+)
 plots.show(
     figure,
     f"Differences to LoRA with 95 % intervals in three tests, each on its own scale; in grey what three seeds don't show four "
@@ -474,7 +483,9 @@ task_of = {test: "near" if test == NEAR else "far" for test in TESTS}
 lora_gains = {test: untuned[task_of[test]]["test"] - average_loss[test]["lora"] for test in TESTS}
 share = lambda test, m: (average_loss[test][m] - average_loss[test]["lora"]) / lora_gains[test]
 of_rank = average_loss[FAR4]["lora"] - average_loss[FAR16]["lora"]
-print(f"r = 16 instead of 4 is worth {of_rank:.3f} to LoRA, {of_rank / lora_gains[FAR4]:.1%} of its gain; its variants:")
+print(
+    f"r = 16 instead of 4 is worth {of_rank:.3f} to LoRA, {of_rank / lora_gains[FAR4]:.1%} of its gain; its variants:"
+)
 for test in TESTS:
     print(f"{test}:", ", ".join(f"{NAMES[m]} {-share(test, m):+.1%}" for m in order if m in losses[test]))
 assert abs(share(FAR16, "lora-ga") + 0.022) < 0.001 and abs(share(NEAR, "dora") + 0.056) < 0.001
@@ -497,7 +508,9 @@ for test in TESTS:
     paired = math.sqrt(float(rest.square().sum()) / freedom)
     limit = student(0.975, freedom) * paired * math.sqrt(2 / 3)
     also = [NAMES[m] for m, (middle, *_) in difference[test].items() if limit < abs(middle) <= shows[test]]
-    print(f"{test:17} s = {paired:.4f} instead of {spreads[test].deviation:.4f}; shows from {limit:.3f}: {also or 'the same'}")
+    print(
+        f"{test:17} s = {paired:.4f} instead of {spreads[test].deviation:.4f}; shows from {limit:.3f}: {also or 'the same'}"
+    )
     assert also == (["DoRA"] if test == FAR16 else []) and limit < 1.1 * shows[test]
 
 # %% [markdown]
@@ -520,17 +533,26 @@ def code_at(method, size, level):
 
 # %% tags=["nbval-ignore-output"]
 figure, axes = plots.subplots(size=(7.2, 3.4))
-for method, colour in zip(NAMES, (plots.BLACK, *plots.PALETTE[:6], plots.GREY, plots.GREEN, plots.BLUE), strict=True):
-    path = [r for r in method_grid(rows, "far", method, size_in(FAR4, method), 100) if r["rate"] <= far4[method]]
+for method, colour in zip(
+    NAMES, (plots.BLACK, *plots.PALETTE[:6], plots.GREY, plots.GREEN, plots.BLUE), strict=True
+):
+    path = [
+        r for r in method_grid(rows, "far", method, size_in(FAR4, method), 100) if r["rate"] <= far4[method]
+    ]
     look = {"color": colour, "marker": "o" if method in list(NAMES)[:7] else "s", "label": NAMES[method]}
     with plots.style():
         axes.plot([r["test"] for r in path], [r["code"] for r in path], **look)
-axes.set(xlabel="test loss on docstrings, nats a token", ylabel="loss on code", xlim=(4.96, 5.24), ylim=(3.8, 4.5))
+axes.set(
+    xlabel="test loss on docstrings, nats a token", ylabel="loss on code", xlim=(4.96, 5.24), ylim=(3.8, 4.5)
+)
 with plots.style():
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
 at_equal = {method: code_at(method, size_in(FAR4, method), 5.06) for method in NAMES}
 at_equal = {method: code for method, code in at_equal.items() if code is not None}
-print("code where docstrings pass 5.06:", ", ".join(f"{NAMES[m]} {at_equal[m]:.2f}" for m in sorted(at_equal, key=at_equal.get)))
+print(
+    "code where docstrings pass 5.06:",
+    ", ".join(f"{NAMES[m]} {at_equal[m]:.2f}" for m in sorted(at_equal, key=at_equal.get)),
+)
 assert min(at_equal, key=at_equal.get) == "adalora" and set(NAMES) - set(at_equal) == {"scaled adamw"}
 assert 0.1 < at_equal["lora"] - at_equal["adalora"] < 0.14 < at_equal["muon"] - at_equal["lora"] < 0.16
 plots.show(
@@ -578,7 +600,9 @@ explore.predict(
 on_test = grids_in(rows, FAR4, "test")
 at_best = {method: on_test[method][rate] for method, rate in best_rate[FAR4].items()}
 common = (0.004, 0.008, 0.016, 0.032)
-print(f"{'test loss, seed 0':18}" + "".join(f"{f'at {rate:g}':>12}" for rate in common) + f"{'at its own':>12}")
+print(
+    f"{'test loss, seed 0':18}" + "".join(f"{f'at {rate:g}':>12}" for rate in common) + f"{'at its own':>12}"
+)
 for method in sorted(at_best, key=at_best.get):
     losses_at = [on_test[method].get(rate, math.nan) for rate in common]
     cells = ["·" if loss != loss else "blew up" if loss is None else f"{loss:.3f}" for loss in losses_at]
@@ -589,7 +613,9 @@ for rate in common:
     agreement[rate] = rank_correlation([on_test[m][rate] for m in both], [at_best[m] for m in both])
     print(f"order at {rate:g} and at rates of their own ({len(both)} variants): {agreement[rate]:+.2f}")
 
-assert len([m for m in NAMES if on_test[m].get(0.004)]) == 7 and set(on_test) == {m for m in NAMES if 0.016 in on_test[m]}
+assert len([m for m in NAMES if on_test[m].get(0.004)]) == 7 and set(on_test) == {
+    m for m in NAMES if 0.016 in on_test[m]
+}
 assert [round(agreement[rate], 2) for rate in common] == [-0.07, 0.37, 0.32, 0.70]
 
 # %% tags=["nbval-ignore-output"]
@@ -600,7 +626,9 @@ ahead = {
     for rate in common
 }
 for rate, found in ahead.items():
-    better = [f"{NAMES[m]} {each:+.3f}" for m, each in sorted(found.items(), key=lambda x: x[1]) if each < -once]
+    better = [
+        f"{NAMES[m]} {each:+.3f}" for m, each in sorted(found.items(), key=lambda x: x[1]) if each < -once
+    ]
     print(f"at {rate:g} better than LoRA: {', '.join(better) or 'none'}")
 both = [m for m in NAMES if on_test[m].get(0.004) and on_test[m].get(0.032)]
 turned = rank_correlation(*([on_test[m][rate] for m in both] for rate in (0.004, 0.032)))
@@ -741,6 +769,7 @@ def by_rate(method, size):
     grid = method_grid(rows, "far", method, size, 100)
     return {row["rate"]: row["validation"] for row in grid if power_of_two(row["rate"])}
 
+
 # %% [markdown]
 # A grid with a factor of 2 is coarse for such exponents. A parabola through the best rate and its two neighbours, in the
 # logarithm of the rate, says where between them the minimum lies.
@@ -769,7 +798,9 @@ def shaken(three, spread, draws=2000):
 
 
 # %% tags=["nbval-ignore-output"]
-panels = {family: {f"r = {r}": by_rate(*key) for r, key in sizes.items()} for family, sizes in FAMILIES.items()}
+panels = {
+    family: {f"r = {r}": by_rate(*key) for r, key in sizes.items()} for family, sizes in FAMILIES.items()
+}
 figure = plots.rate_panels(panels, columns=4, ylim=(4.85, 5.8), xlim=(1e-3, 0.2))
 for axes in figure.axes:
     plots.plain_ticks(axes.xaxis, (0.001, 0.01, 0.1))
@@ -786,7 +817,9 @@ for family, sizes in FAMILIES.items():
     best[family] = {rank: 2**each for rank, each in place.items()}
     exponent[family], error[family] = (place[16] - place[1]) / 4, math.hypot(sd[1], sd[16]) / 4
     rates = "".join(f"{rate:9.4f}" for rate in best[family].values())
-    print(f"{family:24}{rates}{exponent[family]:+9.2f} ± {error[family]:.2f}{first[family]:+11.2f}{first[family] / 2:+9.2f}")
+    print(
+        f"{family:24}{rates}{exponent[family]:+9.2f} ± {error[family]:.2f}{first[family]:+11.2f}{first[family] / 2:+9.2f}"
+    )
 expected = {"s = 1": -0.36, "s = 4 / r": 0.11, "s = 2 / √r": -0.10, "PiSSA, s = 1": -0.43}
 assert all(abs(exponent[family] - each) < 0.006 for family, each in expected.items())
 plots.show(
@@ -802,7 +835,10 @@ for family in FAMILIES:
 off = {family: abs(exponent[family] - first[family] / 2) / error[family] for family in list(FAMILIES)[:3]}
 assert max(off.values()) < 2.5 < 4 < min(abs(exponent[f] - first[f]) / error[f] for f in list(FAMILIES)[:2])
 lost = {family: max(best[family].values()) / min(best[family].values()) for family in FAMILIES}
-print("best rates from r = 1 to 16 within a factor of", {family: round(each, 1) for family, each in lost.items()})
+print(
+    "best rates from r = 1 to 16 within a factor of",
+    {family: round(each, 1) for family, each in lost.items()},
+)
 
 # %% [markdown]
 # **What came out** (far task, 100 steps, one seed a grid, three ranks). With $s = 1$ the best rate falls as $r^{-0.36}$, a
@@ -910,9 +946,9 @@ two_rates = left_zero()
 plus = torch.optim.Adam(variants.lora_plus(two_rates, 1e-3, 16), eps=1e-30)
 one_rate = variants.change_basis(left_zero(), torch.eye(R, dtype=torch.float64) / 4)
 of_plus, of_four = walk(two_rates, plus), walk(one_rate, torch.optim.Adam(trained(one_rate), 4e-3, eps=1e-30))
-difference = float((of_plus - of_four).norm() / (of_plus - start).norm())
-print(f"LoRA+ at (0.001, 0.016) and LoRA at 0.004 with an A of 4 times the size differ by {difference:.0e}")
-assert difference < 1e-9
+off_by = float((of_plus - of_four).norm() / (of_plus - start).norm())
+print(f"LoRA+ at (0.001, 0.016) and LoRA at 0.004 with an A of 4 times the size differ by {off_by:.0e}")
+assert off_by < 1e-9 and float((of_plus - start).norm()) > 0.1
 
 # %% [markdown]
 # With Adam, LoRA+ *is* LoRA whose $A$ starts 4 times as large, at 4 times the rate. So a start, a scaling and a pair of
@@ -970,7 +1006,9 @@ agree = lambda one, other: rank_correlation([one[n] for n in layers], [other[n] 
 within = [agree(*(of_seed[seed] for seed in pair)) for pair in itertools.combinations(of_seed, 2)]
 print("AdaLoRA's seeds with one another:", ", ".join(f"{each:.2f}" for each in within))
 of_full = agree(full["reference_seed_0"], full["reference_seed_1"])
-print(f"full tuning's seeds: {of_full:.2f}; seed 0 and the gentle one: {agree(full['reference_seed_0'], full['gentle']):.2f}")
+print(
+    f"full tuning's seeds: {of_full:.2f}; seed 0 and the gentle one: {agree(full['reference_seed_0'], full['gentle']):.2f}"
+)
 between = {run: agree(average, ranks) for run, ranks in full.items()}
 print("AdaLoRA's mean and full tuning's:", ", ".join(f"{run} {each:+.2f}" for run, each in between.items()))
 t = student(0.975, 34)
@@ -1021,7 +1059,9 @@ for method in NAMES:
 over = {method: row["step_over_lora"] for method, row in cost["steps"].items()}
 assert max(over[m] for m in NAMES if m != "vera") < 1.2 and 3.5 < over["vera"] < 4.6
 assert all(1.05 < over[m] < 1.2 for m in ("dora", "adalora"))
-peak = {method: row["peak_bytes"] / cost["memory"]["lora"]["peak_bytes"] for method, row in cost["memory"].items()}
+peak = {
+    method: row["peak_bytes"] / cost["memory"]["lora"]["peak_bytes"] for method, row in cost["memory"].items()
+}
 assert 1.4 < peak["dora"] < 1.6 and 2.6 < peak["vera"] < 3 and peak["lora-xs"] < 0.95
 assert all(1.03 < peak[m] < 1.12 for m in ("pissa", "lora-ga"))
 held = {method: row["held"] for method, row in cost["memory"].items()}
@@ -1072,9 +1112,20 @@ for method, said in table.items():
         assert abs(found - thousandths) <= 0.51, (method, test, found)
 shown = [(m, t) for t in TESTS for m in table if m in verdict[t]["better"] | verdict[t]["worse"]]
 better = [(NAMES[m], t) for m, t in shown if m in verdict[t]["better"]]
-print(f"of {sum(len(each) for each in difference.values())} differences {len(shown)} show; better than LoRA: {better}")
+print(
+    f"of {sum(len(each) for each in difference.values())} differences {len(shown)} show; better than LoRA: {better}"
+)
 assert len(shown) == 17 and len(better) == 2
-assert 0.02 < spreads[FAR4].deviation * 2 and over["scaled adamw"] < 1.06 and over["muon"] < 1.1
+assert sorted(average_loss[FAR4], key=average_loss[FAR4].get).index("lora") == 3
+within = max(
+    abs(share_)
+    for test in TESTS
+    for share_ in [
+        difference[test][m][0] / average_loss[test]["lora"] for m in difference[test] if m != "scaled adamw"
+    ]
+)
+print(f"scaled AdamW apart, all end within {within:.1%} of LoRA's loss")
+assert within < 0.0095 and over["scaled adamw"] < 1.06 and over["muon"] < 1.1
 
 # %% [markdown]
 # **In this regime**, then: *DoRA* survives, by about one per cent of the gain on the far task and six on the near one,
@@ -1097,14 +1148,13 @@ assert 0.02 < spreads[FAR4].deviation * 2 and over["scaled adamw"] < 1.06 and ov
 #   Adam, LoRA+ is LoRA with a larger $A$ and a larger rate.
 # - Say how large a difference must be *before* looking. Here: 0.018 nats a token over three seeds on the far task, from a
 #   pooled spread and Student's $t$; four times in five from 0.025. It holds for this model and this text.
-# - At one rate for all, a comparison measures whose rate it is. At 0.004 LoRA is sixth of seven, at its own rate third of ten.
+# - At one rate for all, a comparison measures whose rate it is. At 0.004 LoRA is sixth of seven, at rates of their own fourth of ten.
 # - Tuned, 17 of 26 differences to LoRA show, and 15 of these are for LoRA. The best variant is worth 2 % of the gain on the
 #   far task, the rank 10 %.
 # - The best rate goes about as $(s\,r^{p})^{-1/2}$: it falls with $r$ where $s = 1$, and stays with $\alpha$ fixed or rsLoRA.
 # - $B A = (B M)(M^{-1} A)$: AdamW sees the factors, scaled or not; SGD and Muon on factors see them up to a rotation;
 #   scaled SGD and Muon on the product see $\Delta W$ alone.
 # - AdaLoRA's seeds agree on where the rank goes, and full tuning's spectra say something else.
-'''
 
 # %% [markdown]
 # ## Exercises
