@@ -914,14 +914,17 @@ def rate_panels(
 ) -> Figure:
     """Small panels with one y: loss against learning rate, a line for each size, its best rate ringed.
 
-    panels: title → name of the line → rate → loss, None where the run blew up (marked at the top). A best rate with
-    none tried on one side of it gets a red square instead of the ring. `labels` go to Axes.set.
+    panels: title → name of the line → rate → loss, None where the run blew up (marked at the top); a line without rates
+    isn't drawn, and those after it keep their colours. A best rate with none tried on one side of it gets a red square
+    instead of the ring. `labels` go to Axes.set.
     """
     rows = -(-len(panels) // columns)
     made, grid = subplots(rows, columns, size=(7.2, 1.9 * rows), sharey=True, squeeze=False)
     for axes, (title, lines) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=("", {})):
         axes.set_visible(bool(lines))
         for (name, losses), colour in zip(lines.items(), PALETTE, strict=False):
+            if not losses:
+                continue
             tried = sorted(losses)
             went = [rate for rate in tried if losses[rate] is not None]
             axes.plot(

@@ -83,8 +83,9 @@ def variants_beside_lora(
         method for method in NAMES if method != "lora" and any(method in each for each in runs.values())
     ]
     differences = {test: beside_lora(each, spreads[test]) for test, each in runs.items()}
-    seen = [value for each in differences.values() for triple in each.values() for value in triple]
-    room = 0.05 * (max(seen) - min(seen))
+    seen = {
+        test: [value for triple in each.values() for value in triple] for test, each in differences.items()
+    }
     losses = {
         test: [loss for each in lines.values() for loss in each.values() if loss is not None]
         for test, lines in grids.items()
@@ -107,7 +108,8 @@ def variants_beside_lora(
         names = {NAMES[method]: triple for method, triple in differences[test].items()}
         band = detectable(spreads[test], 3)
         plots.differences(beside, [NAMES[method] for method in variants], names, band, NAMES[variant])
-        beside.set(xlim=(min(seen) - room, max(seen) + room), xlabel="test loss − LoRA's")
+        room = 0.05 * (max(seen[test]) - min(seen[test]))
+        beside.set(xlim=(min(seen[test]) - room, max(seen[test]) + room), xlabel="test loss − LoRA's")
         return f"{NAMES[variant]}, {test}: {_said(variant, runs[test], differences[test])}"
 
     return Explorer(
@@ -148,7 +150,7 @@ def one_rate_for_all(
         loss for each in grid.values() for rate, loss in each.items() if rate in rates and loss is not None
     ]
     low = min(*tuned.values(), *shown)
-    high = min(max(shown), low + 1.0)
+    high = min(max(shown), low + 0.5)
 
     def draw(figure: Figure, rate: float) -> str:
         axes = figure.subplots()
@@ -156,7 +158,9 @@ def one_rate_for_all(
         order = sorted(here, key=lambda method: math.inf if here[method] is None else here[method])
         pairs = {NAMES[m]: (high if here[m] is None else min(here[m], high), tuned[m]) for m in order}
         plots.before_and_after(axes, pairs, (f"at {rate:g}", "at its own rate"))
-        axes.set(xlim=(low - 0.03, high + 0.03), xlabel="test loss, nats a token")
+        axes.set(
+            xlim=(low - 0.03, high + 0.03), xlabel=f"test loss, nats a token (from {high:.1f} on at the edge)"
+        )
         axes.legend(loc="lower right")
         axes.set_ylim(len(grid) - 0.5, -0.5)
         for label in axes.get_yticklabels():

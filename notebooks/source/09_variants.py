@@ -17,7 +17,7 @@
 # its factors.
 #
 # **You should know** chapters 05 (LoRA, its inits, $\alpha / r$), 07 (choosing a learning rate) and 08 (what a fair
-# comparison holds equal). **Time:** 60 minutes to read, two to run.
+# comparison holds equal). **Time:** 60 minutes to read, one to run.
 
 # %% tags=["setup"]
 import itertools
@@ -339,9 +339,9 @@ for test in TESTS:
 # %% tags=["nbval-ignore-output"]
 lowest = lambda grid: min(loss for loss in grid.values() if loss is not None)
 level = {test: lowest(grids[test]["lora"]) for test in TESTS}
-above = lambda test, m: {rate: loss and loss - level[test] for rate, loss in grids[test][m].items()}
+above = lambda test, m: {rate: loss and loss - level[test] for rate, loss in grids[test].get(m, {}).items()}
 short = dict(zip(TESTS, ("far, 4", "far, 16", "near, 4"), strict=True))
-panels = {NAMES[m]: {short[test]: above(test, m) for test in TESTS if m in grids[test]} for m in NAMES}
+panels = {NAMES[m]: {short[test]: above(test, m) for test in TESTS} for m in NAMES}
 figure = plots.rate_panels(panels, ylim=(-0.1, 0.6), xlim=(4e-4, 0.6))
 for axes in figure.axes:
     plots.plain_ticks(axes.xaxis, (0.001, 0.01, 0.1))
@@ -547,6 +547,14 @@ axes.set(
 )
 with plots.style():
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+assert code_at("adalora", 4, 5.1) < code_at("lora", 4, 5.1) < code_at("muon", 4, 5.1)
+plots.show(
+    figure,
+    "Loss on code against loss on docstrings, a line along the learning rates for each variant at r = 4: AdaLoRA lies below "
+    "LoRA, PiSSA, LoRA-XS, Muon and scaled AdamW above it.",
+)
+
+# %% tags=["nbval-ignore-output"]
 at_equal = {method: code_at(method, size_in(FAR4, method), 5.06) for method in NAMES}
 at_equal = {method: code for method, code in at_equal.items() if code is not None}
 print(
@@ -555,11 +563,6 @@ print(
 )
 assert min(at_equal, key=at_equal.get) == "adalora" and set(NAMES) - set(at_equal) == {"scaled adamw"}
 assert 0.1 < at_equal["lora"] - at_equal["adalora"] < 0.14 < at_equal["muon"] - at_equal["lora"] < 0.16
-plots.show(
-    figure,
-    "Loss on code against loss on docstrings, a line along the learning rates for each variant at r = 4: AdaLoRA lies below "
-    "LoRA, PiSSA, LoRA-XS, Muon and scaled AdamW above it.",
-)
 
 # %% tags=["nbval-ignore-output"]
 of_code = pooled([[row["code"] for row in each] for each in runs[FAR4].values()])
@@ -636,6 +639,7 @@ print(f"the order at 0.004 and that at 0.032, of {', '.join(NAMES[m] for m in bo
 four = {"lora+", "pissa", "lora-xs", "lora-ga"}
 assert {m for m, each in ahead[0.004].items() if each < -once} == four
 assert -0.215 < min(ahead[0.004].values()) < -0.205 and -0.12 < max(ahead[0.004][m] for m in four) < -0.11
+assert len([m for m, each in ahead[0.032].items() if each > once]) == 6 and len(ahead[0.032]) == 8
 assert not [m for rate in (0.016, 0.032) for m, each in ahead[rate].items() if each < -once]
 
 # %% [markdown]
@@ -648,10 +652,10 @@ assert "best first: DoRA" in explorer.pictures[0.032,].sentence
 explorer
 
 # %% [markdown]
-# **At 0.004 the papers are right.** LoRA+, PiSSA, LoRA-XS and LoRA-GA beat LoRA by 0.12 to 0.21 nats a token, 7 to 12 times
-# what shows over three seeds; LoRA is sixth of seven. At 0.008 they still lead, by less. At 0.016 none of them does, and at
-# 0.032, LoRA's own rate, most are behind. The order at 0.004 has nothing to do with the order of the tuned ones ($-0.07$), and
-# not much with the order at 0.032. (Test losses of one seed each; for single runs a difference shows from 0.03.)
+# **At 0.004 the papers are right.** LoRA+, PiSSA, LoRA-XS and LoRA-GA beat LoRA by 0.12 to 0.21 nats a token, four to seven
+# times what shows between two single runs; LoRA is sixth of seven. At 0.008 they still lead, by less. At 0.016 none of
+# them does, and at 0.032, LoRA's own rate, six of eight are behind. The order at 0.004 has nothing to do with the order of the tuned ones ($-0.07$), and
+# not much with the order at 0.032. (One seed each.)
 #
 # So the claims reproduce, at a rate that is too small for LoRA, and are gone when LoRA has a rate of its own. Nobody has
 # to have cheated for that: 0.004 is a good rate for LoRA+, and a reviewer who asked for 'the same hyperparameters' would
@@ -665,7 +669,7 @@ explorer
 # token are lost? (On a line between the rates that were tried, in their logarithms; validation loss, seed 0.)
 
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def forgiving(losses, lost=0.05):
     """The factor between the rates, smaller and larger than the best, at which so much is lost; losses: rate → loss.
 
@@ -683,14 +687,26 @@ def forgiving(losses, lost=0.05):
     return 2 ** (ends[1] - ends[0])
 
 
+# %% tags=["nbval-ignore-output"]
 valley = {method: forgiving(grid) for method, grid in grids[FAR4].items()}
 print(", ".join(f"{NAMES[m]} {valley[m]:.1f}" for m in sorted(valley, key=valley.get, reverse=True)))
+narrow = sorted(valley, key=valley.get)
+assert narrow[:2] == ["scaled adamw", "lora"] and set(narrow[-2:]) == {"lora-xs", "lora-ga"}
+for method, said in {"scaled adamw": 2.2, "lora": 2.8, "lora-ga": 5.3, "lora-xs": 4.7}.items():
+    assert abs(valley[method] - said) < 0.06
+of_rate = {(m, rate): loss for m, grid in grids[FAR4].items() for rate, loss in grid.items()}
+assert (
+    round(of_rate["lora", 0.064], 2) == 7.28
+    and round(of_rate["dora", 0.064] - of_rate["dora", 0.016], 2) == 0.23
+)
+assert round(of_rate["lora-ga", 0.032] - of_rate["lora-ga", 0.016], 2) == 0.03
 
 # %% [markdown]
-# In this test scaled AdamW is the *least* forgiving, 2.2, and LoRA, 2.8, comes next; LoRA-GA, 5.3, and LoRA-XS (4.7 at
-# least, its grid ends there) forgive most. So that claim does not reproduce here either, at 100 steps and with seed 0. And
-# LoRA has a wall just behind its best rate: at 0.064 it is ruined, 7.28. That is one thing that several variants really do better: DoRA at four
-# times its best rate loses 0.23, LoRA-GA at twice 0.03.
+# In this test scaled AdamW is the *least* forgiving, 2.2, and LoRA, 2.8, comes next. LoRA-GA (5.3) and LoRA-XS (4.7) forgive
+# most, and more than that, since their grids end before 0.05 are lost. So that claim does not reproduce here either, at
+# 100 steps and with seed 0. But LoRA does have a wall just behind its best rate: at twice of it the loss is 7.28, above that
+# of the base. DoRA loses 0.23 at four times its best rate, LoRA-GA 0.03 at twice. If nobody has the time to look for
+# a rate, that is worth more than a hundredth of a nat.
 
 # %% [markdown]
 # ## 7 · Does the best rate depend on r?
@@ -733,7 +749,8 @@ power = grows({rank: moved for rank, (moved, _) in first.items()})
 bound = grows({rank: most for rank, (_, most) in first.items()})
 print(f"s = 1: the first step moves the outputs by r^{power:.2f}; at most by r^{bound:.2f}")
 print(f"PiSSA: by r^{grows(of_pissa):.2f}, and {of_pissa[4] / first[4][0]:.1f} times as far as LoRA at r = 4")
-assert 0.5 < power < 0.7 < 0.85 < bound < 1
+assert 0.55 < power < 0.63 and 0.85 < bound < 1 and 0.3 < grows(of_pissa) < 0.4
+assert 9.5 < of_pissa[4] / first[4][0] < 11
 
 # %% [markdown]
 # The batch is in between: the outputs move by $s\,r^{0.59}$, where the sum alone would give $s\,r^{0.92}$. If the first step
@@ -760,7 +777,7 @@ FAMILIES["s = 4 / r"] = {1: ("lora, alpha 4", 1), 4: ("lora", 4), 16: ("lora, al
 FAMILIES["s = 2 / √r"] = {1: ("rslora, alpha 2", 1), 4: ("lora", 4), 16: ("rslora, alpha 2", 16)}
 FAMILIES["PiSSA, s = 1"] = {r: ("pissa", r) for r in (1, 4, 16)}
 A = lora_layers(add_lora(fresh(), 4, 4, ["query"]))["blocks.0.attention.query"].lora_A
-assert 0.05 < float(A.std()) < 0.065  # 1 / √(3 · 100)
+assert 0.05 < float(A.detach().std()) < 0.065  # 1 / √(3 · 100)
 power_of_two = lambda rate: abs(math.log2(rate / 1e-3) - round(math.log2(rate / 1e-3))) < 0.01
 
 
@@ -806,6 +823,14 @@ for axes in figure.axes:
     plots.plain_ticks(axes.xaxis, (0.001, 0.01, 0.1))
 figure.supxlabel("learning rate", size=9)
 figure.supylabel("validation loss, nats a token", size=9)
+assert all(len(lines) == 3 for lines in panels.values())
+plots.show(
+    figure,
+    "Validation loss against learning rate at r = 1, 4 and 16 for three scalings of LoRA and for PiSSA: with s = 1 the best rate "
+    "falls with r, with s = 4 / r and 2 / √r it hardly moves, with PiSSA it falls.",
+)
+
+# %% tags=["nbval-ignore-output"]
 first = {"s = 1": -power, "s = 4 / r": 1 - power, "s = 2 / √r": 0.5 - power, "PiSSA, s = 1": -grows(of_pissa)}
 spread = pooled([[row["validation"] for row in each] for each in runs[FAR4].values()]).deviation
 exponent, error, best = {}, {}, {}
@@ -822,11 +847,6 @@ for family, sizes in FAMILIES.items():
     )
 expected = {"s = 1": -0.36, "s = 4 / r": 0.11, "s = 2 / √r": -0.10, "PiSSA, s = 1": -0.43}
 assert all(abs(exponent[family] - each) < 0.006 for family, each in expected.items())
-plots.show(
-    figure,
-    "Validation loss against learning rate at r = 1, 4 and 16 for three scalings of LoRA and for PiSSA: with s = 1 the best rate "
-    "falls with r, with s = 4 / r and 2 / √r it hardly moves, with PiSSA it falls.",
-)
 
 # %% tags=["nbval-ignore-output"]
 for family in FAMILIES:
@@ -1117,29 +1137,28 @@ print(
 )
 assert len(shown) == 17 and len(better) == 2
 assert sorted(average_loss[FAR4], key=average_loss[FAR4].get).index("lora") == 3
-within = max(
-    abs(share_)
-    for test in TESTS
-    for share_ in [
-        difference[test][m][0] / average_loss[test]["lora"] for m in difference[test] if m != "scaled adamw"
-    ]
-)
+
+# %% tags=["nbval-ignore-output"]
+share_of_loss = {
+    (m, test): each[0] / average_loss[test]["lora"] for test in TESTS for m, each in difference[test].items()
+}
+within = max(abs(each) for (m, _), each in share_of_loss.items() if m != "scaled adamw")
 print(f"scaled AdamW apart, all end within {within:.1%} of LoRA's loss")
 assert within < 0.0095 and over["scaled adamw"] < 1.06 and over["muon"] < 1.1
 
 # %% [markdown]
 # **In this regime**, then: *DoRA* survives, by about one per cent of the gain on the far task and six on the near one,
 # always in the same direction, for a tenth more time and half as much memory again. *LoRA-GA* survives at $r = 16$ on the far
-# task, for a second at the start, and not on the near one. *LoRA+* and *VeRA* are as good as LoRA, which for LoRA+ is
-# what section 8 makes one expect. *PiSSA, LoRA-XS, Muon* and *AdaLoRA* are a little behind, *scaled AdamW* clearly. What all
-# of them were praised for we saw, too, at 0.004: with one rate for all, four are far ahead.
+# task, for a second at the start, and not on the near one. *VeRA* is level, at four times the time. *LoRA+* is
+# level on the far task, as section 8 makes one expect, and a little behind on the near one. *PiSSA, LoRA-XS, Muon* and *AdaLoRA* are a little behind, *scaled AdamW* clearly. And the
+# advantage that papers report we saw, too: at 0.004, where LoRA+, PiSSA, LoRA-XS and LoRA-GA are far ahead of LoRA.
 #
 # It is what Lee et al. (2602.04998) found for nine variants in language models of billions of numbers: within 1 to 2 per
 # cent of one another at their peaks, once each has its rate. Ours are within 1 % of the loss, scaled AdamW apart.
 #
 # What this does not say: 100 steps are few, and variants that are meant for long trainings, large ranks, wide models or tiny
-# files had no chance to show it. The ones behind may be so because of our version: AdaLoRA spends a third of its steps
-# with a budget that still falls; scaled AdamW divides by $B^\top B$, which is nearly 0 at first, so that Adam's memory
+# files had no chance to show it. The ones behind may be so because of our version: AdaLoRA's budget still falls in
+# 60 of its 100 steps; scaled AdamW divides by $B^\top B$, which is nearly 0 at first, so that Adam's memory
 # holds gradients of another size for a while. Neither was tried otherwise.
 #
 # ## What to remember
