@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lora_edu import plots
 from lora_edu.data.runs import method_grid, method_runs
@@ -108,6 +109,7 @@ def variants_beside_lora(
         names = {NAMES[method]: triple for method, triple in differences[test].items()}
         band = detectable(spreads[test], 3)
         plots.differences(beside, [NAMES[method] for method in variants], names, band, NAMES[variant])
+        beside.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))
         room = 0.05 * (max(seen[test]) - min(seen[test]))
         beside.set(xlim=(min(seen[test]) - room, max(seen[test]) + room), xlabel="test loss − LoRA's")
         return f"{NAMES[variant]}, {test}: {_said(variant, runs[test], differences[test])}"

@@ -1114,7 +1114,7 @@ assert cost["disk"]["pissa"]["bytes"] > 1.9 * cost["disk"]["lora"]["bytes"]
 # | LoRA-GA (2407.05000) | starts in the first gradient's directions | 2 to 4 times as fast, as good as full tuning or better | −4, **−25**, **+8** | a second, file of rank $2r$ |
 # | AdaLoRA (2303.10512) | a budget of rank over all matrices | better above all where the budget is small | **+45**, **+34**, **+27**; forgets less | 9 % time |
 # | scaled AdamW (2402.02347) | gradients times $(A A^\top)^{-1}$, $(B^\top B)^{-1}$ | converges better, forgives other rates | **+139**, **+128**, **+26**; forgives least | 2 % time |
-# | Muon on $A$ and $B$ | steps with all singular values alike | (no paper claims it for LoRA's factors) | **+36**, +4, **+11** | 5 % time, half of Adam's state |
+# | Muon on $A$ and $B$ | steps with all singular values alike | (on the product, 2606.12921: one rate for all ranks; of $A$ and $B$ apart we know no claim) | **+36**, +4, **+11** | 5 % time, half of Adam's state |
 # | VeRA (2310.11454) | one random $A$, $B$; two vectors a layer | as good with far fewer numbers | −5, not run, +2, with *as many* numbers | 4 × time, 2.8 × memory |
 # | LoRA-XS (2405.17604) | $r \times r$ between $W$'s directions | as good or better, files 100 times smaller in 7B models | **+32**, **+21**, **+16**, with *as many* numbers | 10 % *less* memory |
 
@@ -1148,18 +1148,19 @@ assert within < 0.0095 and over["scaled adamw"] < 1.06 and over["muon"] < 1.1
 
 # %% [markdown]
 # **In this regime**, then: *DoRA* survives, by about one per cent of the gain on the far task and six on the near one,
-# always in the same direction, for a tenth more time and half as much memory again. *LoRA-GA* survives at $r = 16$ on the far
-# task, for a second at the start, and not on the near one. *VeRA* is level, at four times the time. *LoRA+* is
-# level on the far task, as section 8 makes one expect, and a little behind on the near one. *PiSSA, LoRA-XS, Muon* and *AdaLoRA* are a little behind, *scaled AdamW* clearly. And the
-# advantage that papers report we saw, too: at 0.004, where LoRA+, PiSSA, LoRA-XS and LoRA-GA are far ahead of LoRA.
+# always in the same direction, for a tenth more time and half as much memory again. *LoRA-GA* survives at $r = 16$ on the
+# far task, for a second at the start, and not on the near one. *VeRA* is level, at four times the time. *LoRA+*, which is
+# LoRA with a larger $A$ (section 8), is level on the far task and a little behind on the near one. *PiSSA, LoRA-XS, Muon*
+# and *AdaLoRA* are a little behind, *scaled AdamW* clearly. And the advantage that papers report we saw, too: at 0.004,
+# where LoRA+, PiSSA, LoRA-XS and LoRA-GA are far ahead of LoRA.
 #
-# It is what Lee et al. (2602.04998) found for nine variants in language models of billions of numbers: within 1 to 2 per
+# It is much what Lee et al. (2602.04998) found for nine variants in language models of several sizes: within 1 to 2 per
 # cent of one another at their peaks, once each has its rate. Ours are within 1 % of the loss, scaled AdamW apart.
 #
 # What this does not say: 100 steps are few, and variants that are meant for long trainings, large ranks, wide models or tiny
 # files had no chance to show it. The ones behind may be so because of our version: AdaLoRA's budget still falls in
-# 60 of its 100 steps; scaled AdamW divides by $B^\top B$, which is nearly 0 at first, so that Adam's memory
-# holds gradients of another size for a while. Neither was tried otherwise.
+# 60 of its 100 steps; scaled AdamW divides by $B^\top B$, which is nearly 0 at first, so that Adam remembers gradients of
+# another size for a while. Neither was tried otherwise.
 #
 # ## What to remember
 #
@@ -1167,7 +1168,8 @@ assert within < 0.0095 and over["scaled adamw"] < 1.06 and over["muon"] < 1.1
 #   Adam, LoRA+ is LoRA with a larger $A$ and a larger rate.
 # - Say how large a difference must be *before* looking. Here: 0.018 nats a token over three seeds on the far task, from a
 #   pooled spread and Student's $t$; four times in five from 0.025. It holds for this model and this text.
-# - At one rate for all, a comparison measures whose rate it is. At 0.004 LoRA is sixth of seven, at rates of their own fourth of ten.
+# - At one rate for all, a comparison measures whose rate it is. At 0.004 LoRA is sixth of seven, at rates of their own
+#   fourth of ten.
 # - Tuned, 17 of 26 differences to LoRA show, and 15 of these are for LoRA. The best variant is worth 2 % of the gain on the
 #   far task, the rank 10 %.
 # - The best rate goes about as $(s\,r^{p})^{-1/2}$: it falls with $r$ where $s = 1$, and stays with $\alpha$ fixed or rsLoRA.
