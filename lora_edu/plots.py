@@ -914,14 +914,17 @@ def rate_panels(
 ) -> Figure:
     """Small panels with one y: loss against learning rate, a line for each size, its best rate ringed.
 
-    panels: title → name of the line → rate → loss, None where the run blew up (marked at the top). A best rate with
-    none tried on one side of it gets a red square instead of the ring. `labels` go to Axes.set.
+    panels: title → name of the line → rate → loss, None where the run blew up (marked at the top); a line without rates
+    isn't drawn, and those after it keep their colours. A best rate with none tried on one side of it gets a red square
+    instead of the ring. `labels` go to Axes.set.
     """
     rows = -(-len(panels) // columns)
     made, grid = subplots(rows, columns, size=(7.2, 1.9 * rows), sharey=True, squeeze=False)
     for axes, (title, lines) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=("", {})):
         axes.set_visible(bool(lines))
         for (name, losses), colour in zip(lines.items(), PALETTE, strict=False):
+            if not losses:
+                continue
             tried = sorted(losses)
             went = [rate for rate in tried if losses[rate] is not None]
             axes.plot(
@@ -990,3 +993,37 @@ def price_and_quality(
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one[0] <= other[0] and one[1] <= other[1] and one != other
+
+
+# --- LoRA's variants -----------------------------------------------------------------------------------
+
+
+@style()
+def differences(
+    axes: Axes,
+    rows: Sequence[str],
+    intervals: Mapping[str, tuple[float, float, float]],
+    band: float,
+    strong: str | None = None,
+    **labels,
+) -> list[Artist]:
+    """A row for each name from the top down: a difference from 0 and its interval, in a grey band from −band to band.
+
+    intervals: name → (difference, low, high); a row without one stays empty. Blue where the interval lies below 0, red
+    where it lies above, else grey; `strong` is drawn thick. `labels` go to Axes.set.
+    """
+    drawn: list[Artist] = [axes.axvspan(-band, band, color="#ececec", zorder=0)]
+    drawn.append(axes.axvline(0, color=GREY, linewidth=1))
+    for place, name in enumerate(rows):
+        if name not in intervals:
+            continue
+        middle, low, high = intervals[name]
+        colour = BLUE if high < 0 else VERMILION if low > 0 else GREY
+        thick = 1.8 if name == strong else 1.0
+        drawn += axes.plot([low, high], [place, place], color=colour, linewidth=1.5 * thick)
+        drawn += axes.plot(middle, place, "o", color=colour, markersize=5 * thick)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.set(**labels)
+    return drawn

@@ -17,7 +17,7 @@ from lora_edu import notebooks
 from lora_edu.paths import REPOSITORY
 
 FLOORS = {
-    1: ["paths", "text", "lowrank", "counting", "data", "resampling", "timing"],
+    1: ["paths", "text", "lowrank", "counting", "data", "resampling", "seeds", "timing"],
     2: ["tinylm", "lora", "loss"],
     3: ["training", "plots", "tuning"],
     4: ["explore", "exercises", "recording"],

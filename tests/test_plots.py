@@ -117,3 +117,25 @@ def test_before_and_after_stand_on_one_line():
     assert first.get_xdata().tolist() == [4.7, 5.7] and second.get_xdata().tolist() == [4.4, 5.5]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["100 steps", "400 steps"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["LoRA", "prompt"]
+
+
+def test_a_line_without_rates_leaves_its_colour_to_nobody():
+    lines = {"one": {0.1: 2.0, 0.2: 1.0, 0.4: 3.0}, "two": {}, "three": {0.1: 2.0, 0.2: 1.5, 0.4: 3.0}}
+    axes = plots.rate_panels({"a": lines}).axes[0]
+    named = {
+        line.get_label(): line.get_color() for line in axes.lines if not line.get_label().startswith("_")
+    }
+    assert named == {"one": plots.PALETTE[0], "three": plots.PALETTE[2]}
+
+
+def test_a_difference_is_blue_below_zero_red_above_and_grey_where_it_may_be_either():
+    _, axes = plots.subplots()
+    found = {"a": (-0.2, -0.3, -0.1), "b": (0.2, 0.1, 0.3), "d": (0.0, -0.1, 0.1)}
+    plots.differences(axes, ["a", "b", "c", "d"], found, 0.05, "b")
+    dots = {int(line.get_ydata()[0]): line for line in axes.lines if line.get_marker() == "o"}
+    assert {y: line.get_color() for y, line in dots.items()} == {
+        0: plots.BLUE,
+        1: plots.VERMILION,
+        3: plots.GREY,
+    }
+    assert dots[1].get_markersize() > dots[0].get_markersize() and axes.get_ylim() == (3.5, -0.5)

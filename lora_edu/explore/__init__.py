@@ -27,6 +27,7 @@ from lora_edu.explore.train_with_lora import (
     shared_directions,
     trained_and_truncated,
 )
+from lora_edu.explore.variants import one_rate_for_all, variants_beside_lora
 
 __all__ = [
     "Calculator",
@@ -46,6 +47,7 @@ __all__ = [
     "measured_on_a_gpu",
     "methods_and_sizes",
     "noisy_photograph",
+    "one_rate_for_all",
     "photograph_rank",
     "predict",
     "price_and_quality",
@@ -68,6 +70,7 @@ __all__ = [
     "truncation",
     "two_adapters",
     "two_seeds",
+    "variants_beside_lora",
     "what_each_rank_writes",
     "which_matrices",
 ]
