@@ -233,8 +233,8 @@ assert 0.1 < of_lora < 0.35 and abs(of_ga - best) < 0.01 and best > 0.8
 #
 # **VeRA** (Kopiczko et al. 2023) draws *one* pair $A$, $B$ for the whole model, never trains it, and trains two vectors
 # per layer: $\Delta W = \mathrm{diag}(b)\,B\,\mathrm{diag}(d)\,A$. **LoRA-XS** (Bałazy et al. 2024) freezes $A$ and $B$
-# as $W$'s own singular directions, and trains an $r \times r$ matrix between them: $\Delta W = s\,U_r R\,\Sigma_r
-# V_r^\top$.
+# as $W$'s own singular directions, and trains an $r \times r$ matrix between them:
+# $\Delta W = s\,U_r R\,\Sigma_r V_r^\top$.
 
 # %%
 model, layer = on_one(variants.vera, 256)
@@ -280,8 +280,8 @@ print("triplets left after step", {step: budget.budget(step) for step in (10, 20
 # %% [markdown]
 # ### The step: scaled AdamW and Muon
 #
-# **Scaled gradients** (Zhang and Pilanci 2024, 'Riemannian preconditioning') replace $\nabla_B$ by $\nabla_B (A
-# A^\top)^{-1}$ and $\nabla_A$ by $(B^\top B)^{-1} \nabla_A$, and hand them to SGD or AdamW. **Muon** (Jordan et al. 2024)
+# **Scaled gradients** (Zhang and Pilanci 2024, 'Riemannian preconditioning') replace $\nabla_B$ by
+# $\nabla_B (A A^\top)^{-1}$ and $\nabla_A$ by $(B^\top B)^{-1} \nabla_A$, and hand them to SGD or AdamW. **Muon** (Jordan et al. 2024)
 # replaces a momentum $m = U \Sigma V^\top$ by about $U V^\top$: a step with all singular values alike. A polynomial does
 # it without an SVD.
 

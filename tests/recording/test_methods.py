@@ -100,7 +100,7 @@ def test_a_method_starts_where_it_should_and_trains_its_numbers_alone(method):
     }[method]
     assert trained == expected
     stored = {"p-tuning": 100 * size, "prefix through an MLP": 1_200 * size}.get(method, expected)
-    assert methods.stored(model, method) == stored
+    assert methods.stored(model) == stored
     groups = methods.groups_of(model, 0.3)
     assert sum(p.numel() for group in groups for p in group["params"]) == trained
     assert [group["lr"] for group in groups] == ([0.3, 0.3 / 3] if method == "lora everywhere" else [0.3])
