@@ -365,9 +365,9 @@ plots.show(
 # Before looking at any: what can three seeds show? A seed draws the order of the windows and, where a variant starts at
 # random, its start. Base model and texts stay, so the spread over seeds says nothing of other models or other texts.
 #
-# The spread of a single run is estimated from all variants together, as if all had the same: $s^2 = \sum (x -
-# \bar x_{own})^2 / \sum (n - 1)$. The difference of two means of $n$ runs has the standard error $s \sqrt{2/n}$, and its
-# 95 % interval is $\pm\, t_{0.975}$ times that, with Student's $t$ for the degrees of freedom of $s$. Where the interval
+# The spread of a single run is estimated from all variants together, as if all had the same:
+# $s^2 = \sum (x - \bar x_{own})^2 / \sum (n - 1)$. The difference of two means of $n$ runs has the standard error
+# $s \sqrt{2/n}$, and its 95 % interval is $\pm\, t_{0.975}$ times that, with Student's $t$ for the degrees of freedom of $s$. Where the interval
 # leaves out 0, we say that the difference *shows*. A true difference of just that size shows every other time; for four
 # times in five it has to be $(t_{0.975} + t_{0.8})$ standard errors.
 
