@@ -23,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -206,6 +208,33 @@ class Peak(threading.Thread):
         while self.going:
             self.look()
             time.sleep(0.01)
+
+
+def ready_to_fork() -> None:
+    """Loads what torch loads at its first step, once for all forks; no backward pass, which forks can't share."""
+    small = torch.nn.Parameter(torch.zeros(1))
+    small.grad = torch.zeros(1)
+    torch.optim.AdamW([small]).step()
+
+
+def in_a_fork(do: Callable[[], object], what: str) -> object:
+    """What do() returns, by way of JSON, in a process of its own that has all that this one has; SystemExit with
+    `what` where it fails."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(write, json.dumps(do()).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)  # never back into the parent's loop
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    if os.waitpid(child, 0)[1] or not said:
+        raise SystemExit(f"{what} failed")
+    return json.loads(said)
 
 
 def watched(command: list[str], threads: int) -> dict:

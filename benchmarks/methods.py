@@ -35,7 +35,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -45,7 +44,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from extract import Peak
+from extract import Peak, in_a_fork, ready_to_fork
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -169,28 +168,11 @@ def memory_here(kind: str, layers: int) -> list[dict]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model, rows = base(kind, layers), []
-    small = nn.Parameter(torch.zeros(1))
-    small.grad = torch.zeros(1)
-    torch.optim.AdamW(
-        [small]
-    ).step()  # loads modules, once for all forks; no backward pass, which forks can't share
+    ready_to_fork()
     for loss in LOSSES[kind]:
         for name in TRAINED:
-            read, write = os.pipe()
-            child = os.fork()
-            if not child:
-                try:
-                    os.write(write, str(peak_of(kind, model, name, loss)).encode())
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(0)  # never back into the parent's loop
-            os.close(write)
-            with os.fdopen(read) as pipe:
-                said = pipe.read()
-            if os.waitpid(child, 0)[1] or not said:
-                raise SystemExit(f"{name} on {kind} failed")
-            rows.append({"model": kind, "loss": loss, "way": name, "peak_bytes": int(said)})
+            peak = in_a_fork(partial(peak_of, kind, model, name, loss), f"{name} on {kind}")
+            rows.append({"model": kind, "loss": loss, "way": name, "peak_bytes": peak})
     return [row | {"model_bytes": sum(4 * each.numel() for each in model.parameters())} for row in rows]
 
 

@@ -27,13 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from extract import Peak
+from extract import Peak, in_a_fork, ready_to_fork
 from torch import Tensor, nn
 
 from lora_edu import plots, timing
@@ -124,29 +124,8 @@ def memory_here() -> list[dict]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     batch()
-    small = nn.Parameter(torch.zeros(1))
-    small.grad = torch.zeros(1)
-    torch.optim.AdamW(
-        [small]
-    ).step()  # loads modules, once for all forks; no backward pass, which forks can't share
-    rows = []
-    for method in SIZES:
-        read, write = os.pipe()
-        child = os.fork()
-        if not child:
-            try:
-                os.write(write, json.dumps(measured(method)).encode())
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(0)  # never back into the parent's loop
-        os.close(write)
-        with os.fdopen(read) as pipe:
-            said = pipe.read()
-        if os.waitpid(child, 0)[1] or not said:
-            raise SystemExit(f"{method} failed")
-        rows.append({"way": method} | json.loads(said))
-    return rows
+    ready_to_fork()
+    return [{"way": method} | in_a_fork(partial(measured, method), method) for method in SIZES]
 
 
 def measured(method: str) -> dict:

@@ -1,10 +1,10 @@
 """The methods side by side: which runs are asked for, what a run trains, that every wanted row is recorded."""
 
-import math
 from itertools import pairwise
 
 import pytest
 import torch
+from made_up_rows import all_rows
 
 from lora_edu.data import load_checkpoint, load_methods
 from lora_edu.data.runs import method_grid, tuned_method, tuned_rate
@@ -15,23 +15,8 @@ from lora_edu.tinylm import TinyLM
 BEST = dict.fromkeys(methods.SIZES, 0.01) | {"prompt": 3.0, "prefix": 1e-4}
 
 
-def _row(run: dict) -> dict:
-    loss = 5 + abs(math.log2(run["rate"] / BEST[run["method"]])) / 10
-    return run | {"validation": loss, "test": loss, "code": loss, "trained": 1, "stored": 1}
-
-
-def _all(wanted, rows: list[dict]) -> list[dict]:
-    """Every row that a stage asks for, asked again until it wants no more."""
-    while True:
-        known = {methods.name_of(row) for row in rows}
-        new = {methods.name_of(run): run for run in wanted(rows) if methods.name_of(run) not in known}
-        if not new:
-            return rows
-        rows = rows + [_row(run) for run in new.values()]
-
-
 def test_a_grid_grows_until_its_best_lies_inside_and_then_there_are_three_seeds():
-    rows = _all(methods.wanted_far, [])
+    rows = all_rows(methods.wanted_far, [], BEST)
     for method, sizes in methods.SIZES.items():
         for size in sizes:
             rate = tuned_rate(rows, "far", method, size, methods.STEPS)
@@ -48,7 +33,7 @@ def test_a_grid_grows_until_its_best_lies_inside_and_then_there_are_three_seeds(
             assert all(1.9 < b / a < 2.1 for a, b in pairwise(grid)), grid
     between = [row for row in rows if row["method"] == "lora" and row["size"] == 4]
     assert len(between) == 3  # no grid of its own
-    more = _all(methods.wanted_long, _all(methods.wanted_near, rows))
+    more = all_rows(methods.wanted_long, all_rows(methods.wanted_near, rows, BEST), BEST)
     for method, size in methods.ONE_SIZE.items():
         near = tuned_method(more, "near", method, size, methods.STEPS)
         assert near is not None and near["rate"] == pytest.approx(BEST[method], rel=0.5)

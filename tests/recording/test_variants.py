@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from made_up_rows import all_rows, row_of
 
 from lora_edu.data import load_methods, load_variants
 from lora_edu.data.runs import method_grid, tuned_method, tuned_rate
@@ -22,23 +23,12 @@ LORA_AT_16 = [  # methods.py's own
 ]
 
 
-def _row(run: dict) -> dict:
-    loss = 5 + abs(math.log2(run["rate"] / BEST[run["method"]])) / 10
-    return run | {"validation": loss, "test": loss, "code": loss, "trained": 1, "stored": 1}
-
-
-def _all(wanted, rows: list[dict]) -> list[dict]:
-    """Every row that a stage asks for, asked again until it wants no more."""
-    while True:
-        known = {methods.name_of(row) for row in rows}
-        new = {methods.name_of(run): run for run in wanted(rows) if methods.name_of(run) not in known}
-        if not new:
-            return rows
-        rows = rows + [_row(run) for run in new.values()]
-
-
 def test_a_grid_grows_until_its_best_lies_inside_and_then_there_are_three_seeds():
-    rows = _all(variants.wanted_near, _all(variants.wanted_far, [_row(run) for run in LORA_AT_16]))
+    rows = all_rows(
+        variants.wanted_near,
+        all_rows(variants.wanted_far, [row_of(run, BEST) for run in LORA_AT_16], BEST),
+        BEST,
+    )
     for method, sizes in variants.SIZES.items():
         tests = [("far", size) for size in sizes] + ([("near", sizes[0])] if method != "lora" else [])
         for task, size in tests:
@@ -54,7 +44,11 @@ def test_a_grid_grows_until_its_best_lies_inside_and_then_there_are_three_seeds(
 
 
 def test_every_rate_is_a_power_of_two_thousandths_so_that_variants_share_rates():
-    rows = _all(variants.wanted_scaling, _all(variants.wanted_far, [_row(run) for run in LORA_AT_16]))
+    rows = all_rows(
+        variants.wanted_scaling,
+        all_rows(variants.wanted_far, [row_of(run, BEST) for run in LORA_AT_16], BEST),
+        BEST,
+    )
     for row in rows:
         power = math.log2(row["rate"] / 1e-3)  # three digits are kept of a rate: 1.02 for 1.024
         assert abs(power - round(power)) < 0.01, row
