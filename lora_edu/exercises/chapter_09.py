@@ -176,7 +176,8 @@ def _start_problem(A: Tensor, B: Tensor, rest: Tensor, W: Tensor, r: int, s: flo
         if same(B @ A, top):
             return "the model starts as the base, but B A itself is the first r directions of W: s B A should be."
         return "the model starts as the base, but s B A isn't the best matrix of rank r to W."
-    if not same(A @ A.T, torch.diag(S[:r] / s)) or not same(B.T @ B, torch.diag(S[:r] / s)):
+    held = torch.diag((A @ A.T).diagonal())  # Σ/s, in any order of the directions
+    if not same(A @ A.T, held) or not same(B.T @ B, held):
         return (
             "s B A is right, but Σ/s isn't shared: each factor gets the root of it. (AdamW takes other steps of ΔW "
             "from another sharing, as section 8 shows.)"

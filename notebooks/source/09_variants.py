@@ -419,9 +419,7 @@ assert round(far_shows, 3) == 0.018 and round(far_surely, 3) == 0.025 and 0.016 
 
 # %% tags=["nbval-ignore-output"]
 generator = torch.Generator().manual_seed(0)
-of_means = torch.randn(
-    20_000, 10, generator=generator
-)  # LoRA and nine variants, all equal: errors of their means
+of_means = torch.randn(20_000, 10, generator=generator)  # of LoRA and nine variants that are all equal
 of_spread = (torch.randn(20_000, 20, generator=generator).square().mean(1, keepdim=True)).sqrt()
 ts = (of_means[:, 1:] - of_means[:, :1]) / math.sqrt(2) / of_spread
 at_least_one = float((ts.abs() > student(0.975, 20)).any(1).float().mean())
@@ -508,9 +506,9 @@ explorer
 # wall a parabola is a poor guess, and only runs there can tell. But a difference of less than 0.01 may come from the rates
 # that happened to be tried.
 #
-# How large is that? From $r = 4$ to 16 LoRA gains 0.098, 9.5 % of its gain, with four times as many trained numbers. On the
-# far task that is four times as much as the best variant gives. All of this is TinyLM, one base model, one text, 100 steps, the matrices of the blocks, three
-# seeds.
+# How large is that? From $r = 4$ to 16 LoRA gains 0.098, 9.5 % of its gain, and trains four times as many numbers for it.
+# The best variant on the far task, LoRA-GA at $r = 16$, gives a quarter of that gain. All of this is TinyLM, one base
+# model, one text, 100 steps, the matrices of the blocks, three seeds.
 
 # %% tags=["nbval-ignore-output"]
 average_loss = {test: {m: mean(each) for m, each in losses[test].items()} for test in TESTS}
@@ -773,12 +771,13 @@ assert (
 assert round(of_rate["lora-ga", 0.032] - of_rate["lora-ga", 0.016], 2) == 0.03
 
 # %% [markdown]
-# In this test scaled AdamW is the *least* forgiving, 2.2. LoRA has 2.8, which is the least it can be: its loss rises to 7.28
-# somewhere between 0.032 and 0.064, and the line assumes that it does so at once. If the wall stands just before 0.064, LoRA
-# has 5.6. LoRA-GA (5.3) and LoRA-XS (4.7) forgive most of what we could measure, and more than that, since their grids end
-# before 0.05 are lost. So we do not see that claim either, far task, $r = 4$, 100 steps, seed 0. But LoRA does have a wall
-# somewhere behind its best rate: at twice that rate the loss is 7.28, above that of the base. DoRA loses 0.23 at four times its best rate, LoRA-GA 0.03 at twice. If nobody has the time to look for
-# a rate, that is worth more than a hundredth of a nat.
+# In this test scaled AdamW is the *least* forgiving, 2.2. LoRA has 2.8, which is the least it can be: its loss rises to
+# 7.28 somewhere between 0.032 and 0.064, and the line assumes that it does so at once. If the wall stands just before
+# 0.064, LoRA has 5.6. LoRA-GA (5.3) and LoRA-XS (4.7) forgive most of what we could measure, and more than that, since
+# their grids end before 0.05 are lost. So we do not see that claim either, far task, $r = 4$, 100 steps, seed 0. But LoRA
+# does have a wall somewhere behind its best rate: at twice that rate the loss is 7.28, above that of the base. DoRA loses
+# 0.23 at four times its best rate, LoRA-GA 0.03 at twice. If nobody has the time to look for a rate, that is worth more
+# than a hundredth of a nat.
 
 # %% [markdown]
 # ## 7 · Does the best rate depend on r?
@@ -949,9 +948,9 @@ assert 2.05 < best["s = 1"][4] / best["PiSSA, s = 1"][4] < 2.2
 # $r^{-0.36}$, a factor of 2.7 from $r = 1$ to 16. With $s = 4 / r$ it rises as $r^{+0.11}$, with rsLoRA it falls as
 # $r^{-0.10}$: within a factor of 1.4, less than one step of our grids. The errors are 0.11 to 0.15. The second argument,
 # $-0.29$, $+0.21$, $-0.04$, is off by less than one error each time; the first, $-0.59$ and $+0.41$, by two to three where
-# $s = 1$ or $4 / r$. At one rank, where no $r^p$ enters, the rate goes as $s^{-0.44}$ ($r = 1$) and $s^{-0.50}$ ($r = 16$), with errors of about 0.2; the
-# second argument says $-\tfrac12$, the first $-1$. PiSSA's $-0.43$ lies nearer to its first step, $-0.35$, than to half of
-# it, but cannot tell the two apart.
+# $s = 1$ or $4 / r$. At one rank, where no $r^p$ enters, the rate goes as $s^{-0.44}$ ($r = 1$) and $s^{-0.50}$ ($r = 16$),
+# with errors of about 0.2; the second argument says $-\tfrac12$, the first $-1$. PiSSA's $-0.43$ lies nearer to its first
+# step, $-0.35$, than to half of it, but cannot tell the two apart.
 #
 # So these runs speak for the second argument and do not prove it. It leaves much out: the decay of the rate, the clipping,
 # and that the wall right of the best rate may come from other things than the size of the step.
@@ -1055,10 +1054,10 @@ for (name, basis), distance in apart.items():
     assert distance < 1e-11 if name in free[basis] else distance > 0.2, (name, basis)
 
 # %% [markdown]
-# Three kinds, in one table. **Neither**: AdamW, and scaled AdamW no better: from a rotated basis they end more than
-# half as far apart as they have moved, from this general $M$ further apart than they have moved. **Rotations**: SGD, and Muon on $A$ and $B$. **Every**
-# $M$: scaled SGD and Muon on the product (whose roots $(A A^\top)^{-1/2}$ do the dividing), up to rounding, about fourteen
-# digits of float64.
+# Three kinds, in one table. **Neither**: AdamW, and scaled AdamW no better: from a rotated basis they end more than half as
+# far apart as they have moved, from this general $M$ further apart than they have moved. **Rotations**: SGD, and Muon on
+# $A$ and $B$. **Every** $M$: scaled SGD and Muon on the product (whose roots $(A A^\top)^{-1/2}$ do the dividing), up to
+# rounding, about fourteen digits of float64.
 #
 # Does it matter? A rotation of a random start is another random start, no better and no worse. Other $M$ are not so
 # harmless, and one of them has a name. Take $M = \tfrac14$: $A$ is 4 times as large and $B$ a quarter. Adam moves each entry
@@ -1395,8 +1394,9 @@ def tuned(losses):
 print(exercises.check_09_5(tuned))
 
 # %% [markdown] tags=["exercise"]
-# **6.** Write `step(A, B, G, rate)`: one step of gradient descent on $A$ and $B$ whose $B' A'$ is the same for every way to
-# write $B A$. $G = \partial L / \partial W$, and $s = 1$. Return $(A', B')$.
+# **6.** Write `step(A, B, G, rate)`: one step of scaled gradient descent (section 2, no damping), so that $B' A'$ is the same
+# for every way to write $B A$. Both factors move, each by a step made from the old $A$ and $B$. $G = \partial L / \partial W$,
+# and $s = 1$. Return $(A', B')$.
 
 # %% tags=["exercise"]
 step = None  # def step(A, B, G, rate): ...
