@@ -281,8 +281,8 @@ def check_09_5(answer: object) -> str:
             return f"Exercise 5: not yet: with {shown} it gives {real(got):.4g}, which is no rate of these."
         return f"Exercise 5: not yet: with {shown} it gives {got}; it must be {right}: {why}."
     return (
-        "Exercise 5: right. A best at the edge says only that the grid was too small; many published comparisons have "
-        "one rate, which is nothing but edge."
+        "Exercise 5: right. A best at the edge says only that the grid was too small; a comparison at "
+        "one rate has nothing but edges."
     )
 
 
