@@ -15,7 +15,7 @@ from lora_edu.seeds import pooled, student
 from lora_edu.tinylm import TinyLM
 
 SHAPES = ((7, 7, 2), (5, 8, 3))  # out, in, r: a square W shows no sides, the other one does
-RATE, RATIO = 0.01, 16.0  # of exercise 2
+RATES = ((0.01, 16.0), (0.02, 4.0))  # rate and ratio of exercise 2: a number written into the answer shows
 
 
 def check_09_1(answer: object) -> str:
@@ -82,26 +82,28 @@ def check_09_2(answer: object) -> str:
     torch.manual_seed(0)
     model = add_lora(TinyLM(30, 20, 1, 5, 8), 2, 2, ["query", "up"])
     model.norm.weight.requires_grad_(True)
-    got, problem = _called(2, answer, "of a small TinyLM", model, RATE, RATIO)
-    if problem:
-        return problem
-    try:
-        torch.optim.SGD([{**group} for group in got], lr=RATE)
-        rates = [(id(p), float(group.get("lr", RATE))) for group in got for p in group["params"]]
-    except Exception as error:
-        return (
-            "Exercise 2: not yet: torch.optim must take the answer, a list of {'params': [...], 'lr': ...}; it says "
-            f"{type(error).__name__}: {str(error)[:100]}"
-        )
-    if problem := _groups_problem(dict(rates), model):
-        return f"Exercise 2: not yet: {problem}"
+    for rate, ratio in RATES:
+        call = f"of a small TinyLM at rate = {rate:g} and ratio = {ratio:g}"
+        got, problem = _called(2, answer, call, model, rate, ratio)
+        if problem:
+            return problem
+        try:
+            made = torch.optim.SGD([{**group} for group in got], lr=math.nan).param_groups
+            rates = {id(p): float(group["lr"]) for group in made for p in group["params"]}
+        except Exception as error:
+            return (
+                "Exercise 2: not yet: torch.optim must take the answer, a list of {'params': [...], 'lr': ...}; it "
+                f"says {type(error).__name__}: {str(error)[:100]}"
+            )
+        if problem := _groups_problem(rates, model, rate, ratio):
+            return f"Exercise 2: not yet: {problem}"
     return (
         "Exercise 2: right. Nothing else is LoRA+: the same model, the same optimiser, two rates. With Adam a factor "
         "of 16 means that B's entries move 16 times as far."
     )
 
 
-def _groups_problem(rates: Mapping[int, float], model: nn.Module) -> str:
+def _groups_problem(rates: Mapping[int, float], model: nn.Module, usual: float, ratio: float) -> str:
     """What is wrong with the rates of a model's parameters (by id), if anything."""
     for name, parameter in model.named_parameters():
         rate = rates.get(id(parameter))
@@ -111,14 +113,16 @@ def _groups_problem(rates: Mapping[int, float], model: nn.Module) -> str:
             continue
         if rate is None:
             return f"{name} is trained too, and in no group."
-        wanted = RATE * RATIO if name.endswith("lora_B") else RATE
+        if math.isnan(rate):
+            return f"the group with {name} has no 'lr'; then its rate is the optimiser's own."
+        wanted = usual * ratio if name.endswith("lora_B") else usual
         if math.isclose(rate, wanted):
             continue
-        if name.endswith("lora_A") and math.isclose(rate, RATE * RATIO):
+        if name.endswith("lora_A") and math.isclose(rate, usual * ratio):
             return "the larger rate is B's: A x adds up over all inputs, B's sum has r terms only."
-        if math.isclose(rate, RATE / RATIO):
+        if math.isclose(rate, usual / ratio):
             return f"{name} gets rate / ratio. A has the rate that is given, and B ratio times it."
-        return f"{name} gets {rate:g}; it must be {wanted:g} where rate = {RATE:g} and ratio = {RATIO:g}."
+        return f"{name} gets {rate:g}; it must be {wanted:g} where rate = {usual:g} and ratio = {ratio:g}."
     return ""
 
 
@@ -172,7 +176,8 @@ def _start_problem(A: Tensor, B: Tensor, rest: Tensor, W: Tensor, r: int, s: flo
         if same(B @ A, top):
             return "the model starts as the base, but B A itself is the first r directions of W: s B A should be."
         return "the model starts as the base, but s B A isn't the best matrix of rank r to W."
-    if not same(A @ A.T, torch.diag(S[:r] / s)) or not same(B.T @ B, torch.diag(S[:r] / s)):
+    held = torch.diag((A @ A.T).diagonal())  # Σ/s, in any order of the directions
+    if not same(A @ A.T, held) or not same(B.T @ B, held):
         return (
             "s B A is right, but Σ/s isn't shared: each factor gets the root of it. (AdamW takes other steps of ΔW "
             "from another sharing, as section 8 shows.)"
@@ -276,8 +281,8 @@ def check_09_5(answer: object) -> str:
             return f"Exercise 5: not yet: with {shown} it gives {real(got):.4g}, which is no rate of these."
         return f"Exercise 5: not yet: with {shown} it gives {got}; it must be {right}: {why}."
     return (
-        "Exercise 5: right. A best at the edge says only that the grid was too small; many published comparisons have "
-        "one rate, which is nothing but edge."
+        "Exercise 5: right. A best at the edge says only that the grid was too small; a comparison at "
+        "one rate has nothing but edges."
     )
 
 

@@ -7,9 +7,9 @@
 # %% [markdown]
 # # 09 · The variants, each with its own learning rate
 #
-# rsLoRA, LoRA+, DoRA, PiSSA, LoRA-GA, VeRA, AdaLoRA, LoRA-XS, a Riemannian step, Muon: each comes with a paper in which
-# it beats LoRA, or does as well with less. Which of them survive a fair test, in which each has its own learning rate
-# and the seeds are counted?
+# rsLoRA, LoRA+, DoRA, PiSSA, LoRA-GA, VeRA, AdaLoRA, LoRA-XS, a Riemannian step, Muon: nearly all come with a paper in
+# which they beat LoRA, or do as well with less. Which of these claims can be seen in a small model, in a test in which each
+# variant has its own learning rate and several seeds?
 #
 # **Afterwards you can** write each of these variants in a few lines; say before a comparison how large a difference must
 # be to show over three seeds; say which claims appear at one learning rate for all and are gone when each is tuned;
@@ -146,7 +146,8 @@ print(f"trained: {sum(p.numel() for p in trained(model)):,} numbers, {len(W)} of
 assert sum(p.numel() for p in trained(model)) == r * (400 + 100) + 400
 
 # %% [markdown]
-# (In the backward pass the norm counts as a constant, §4.3 of the paper: cheaper, and hardly different.)
+# (In the backward pass the norm counts as a constant, as in §4.3 of the paper. That is cheaper, and by the paper's own
+# measurements about as good.)
 #
 # ### The start: PiSSA
 #
@@ -307,7 +308,7 @@ print(
 )
 
 # %% [markdown]
-# That is all of them. None is more than ten lines away from LoRA.
+# That is all of them. The idea of each fits into a few lines; AdaLoRA's budget needs the most around it.
 
 # %% [markdown]
 # ## 3 · A fair test
@@ -319,9 +320,12 @@ print(
 # - **Sizes**: $r = 4$ and $16$ on the far task, $r = 4$ on the near one. VeRA and LoRA-XS get the size at which they train
 #   as many numbers as LoRA does: $r = 1\,050$ for VeRA, 35 and 69 for LoRA-XS. AdaLoRA ends at $r$ on average and starts
 #   with half as much again.
-# - **Rates**: five at $r = 4$ on the far task, a factor of 2 apart (for LoRA+ it is $A$'s rate); three for the other two,
-#   around the first one's best. Then on, until the best is not the last one tried. LoRA has one more on the far task,
-#   0.023 from chapter 08. Chosen on validation text with seed 0, losses shown on test text.
+# - **Rates**: five at $r = 4$ on the far task, a factor of 2 apart (for LoRA+ it is $A$'s rate); three for the other two
+#   tests, around half of the first one's best. Then further rates, until the best lies between two others. The rate is
+#   chosen on validation text with seed 0; the losses shown are those on test text.
+# - **LoRA's own rates** are partly chapter 08's. On the far task at $r = 4$ it has a sixth one, 0.023, that no variant has.
+#   It was not the best, so LoRA gains nothing by it. On the near task LoRA has 0.00575, 0.0115, 0.023 and 0.046, which lie
+#   between the rates of the variants. What that may do, section 5 asks.
 # - **Three seeds** at the rate that was found.
 
 # %%
@@ -334,7 +338,9 @@ best_rate = {test: {m: each[0]["rate"] for m, each in runs[test].items()} for te
 for test in TESTS:
     assert set(runs[test]) == set(grids[test]) == {m for m in NAMES if size_in(test, m)}
     assert all([row["seed"] for row in each] == [0, 1, 2] for each in runs[test].values())
+    assert all(sorted(grid)[0] < best_rate[test][m] < sorted(grid)[-1] for m, grid in grids[test].items())
     print(f"{test}:", ", ".join(f"{NAMES[m]} {rate:g}" for m, rate in best_rate[test].items()))
+assert 0.023 in grids[FAR4]["lora"] and sorted(grids[NEAR]["lora"]) == [0.00575, 0.0115, 0.023, 0.046]
 
 # %% tags=["nbval-ignore-output"]
 lowest = lambda grid: min(loss for loss in grid.values() if loss is not None)
@@ -403,9 +409,28 @@ print(f"of what LoRA gains on the far task, {gain:.2f}: {far_shows / gain:.1%} a
 assert round(far_shows, 3) == 0.018 and round(far_surely, 3) == 0.025 and 0.016 < far_shows / gain < 0.018
 
 # %% [markdown]
-# Smaller differences may well be there; these runs could not tell them from chance. And a word about many comparisons at
-# once: if nine variants were all equal to LoRA, one of nine intervals of 95 % would still leave out 0 in about a third of
-# such tables. A difference a little above 0.018 is a hint, one of 0.03 is more.
+# Smaller differences may well be there; these runs could not tell them from chance.
+#
+# **Many comparisons at once.** If nine variants were all equal to LoRA, at least one of their nine intervals of 95 % would
+# still leave out 0 in about a quarter of such tables. (With nine independent intervals it would be $1 - 0.95^9$ = 37 %. Ours
+# share LoRA's mean, so they err together.) We make 26 comparisons in three tests. If all 26 together may err in 5 % of cases,
+# each interval has to leave out 0 at the level $0.05 / 26$ (Bonferroni). Below we say of a difference that it shows, and also
+# whether it would pass this stricter rule. One that shows and does not pass is a hint.
+
+# %% tags=["nbval-ignore-output"]
+generator = torch.Generator().manual_seed(0)
+of_means = torch.randn(20_000, 10, generator=generator)  # of LoRA and nine variants that are all equal
+of_spread = (torch.randn(20_000, 20, generator=generator).square().mean(1, keepdim=True)).sqrt()
+ts = (of_means[:, 1:] - of_means[:, :1]) / math.sqrt(2) / of_spread
+at_least_one = float((ts.abs() > student(0.975, 20)).any(1).float().mean())
+strict = {
+    test: student(1 - 0.025 / 26, spread.freedom) * spread.deviation * math.sqrt(2 / 3)
+    for test, spread in spreads.items()
+}
+print(f"at least one of nine equal variants shows in {at_least_one:.0%} of tables")
+print("all 26 counted, a difference passes from", {test: round(each, 3) for test, each in strict.items()})
+assert 0.23 < at_least_one < 0.28 and round(1 - 0.95**9, 2) == 0.37
+assert [round(each, 3) for each in strict.values()] == [0.031, 0.03, 0.008]
 
 # %% [markdown]
 # ## 5 · The table
@@ -469,13 +494,21 @@ explorer
 # the seeds differ less, so smaller differences show: DoRA is ahead, by 0.007, which is 5.6 % of LoRA's small gain there;
 # VeRA is level; all others are behind, LoRA-GA by 0.008, AdaLoRA by 0.027.
 #
-# DoRA is the only one whose difference has the same sign in all three tests, $-0.011$, $-0.013$ and $-0.007$. (Its lengths
+# **Of the 17 differences that show, 11 pass the stricter rule, and neither of the two leads does.** LoRA-GA's at $r = 16$ and
+# DoRA's on the near task are hints.
+#
+# DoRA is the only one that is ahead of LoRA in all three tests, by 0.011, 0.013 and 0.007. (Its lengths
 # are numbers, too: it trains 48 600 at $r = 4$ where LoRA has 43 200. On the far task LoRA gains 0.049 with each doubling
 # of $r$, so an eighth more numbers might give it 0.008. At $r = 16$ they are only 3 % more.)
 #
-# How large is that? From $r = 4$ to 16 LoRA gains 0.098, 9.5 % of its gain. On the far task the rank is worth four times as
-# much as the best variant. All of this is TinyLM, one base model, one text, 100 steps, the matrices of the blocks, three
-# seeds.
+# The grids are a second reason for care. A parabola through the three rates around LoRA's best on the near task is lowest
+# between two of them, 0.008 lower in validation loss than at the best rate tried; DoRA's only 0.001 lower. Beside a steep
+# wall a parabola is a poor guess, and only runs there can tell. But a difference of less than 0.01 may come from the rates
+# that happened to be tried.
+#
+# How large is that? From $r = 4$ to 16 LoRA gains 0.098, 9.5 % of its gain, and trains four times as many numbers for it.
+# The best variant on the far task, LoRA-GA at $r = 16$, gives a quarter of that gain. All of this is TinyLM, one base
+# model, one text, 100 steps, the matrices of the blocks, three seeds.
 
 # %% tags=["nbval-ignore-output"]
 average_loss = {test: {m: mean(each) for m, each in losses[test].items()} for test in TESTS}
@@ -496,9 +529,31 @@ assert [round(difference[test]["dora"][0], 3) for test in TESTS] == [-0.011, -0.
 trained_numbers = {m: each[0]["trained"] for m, each in runs[FAR4].items()}
 assert (trained_numbers["dora"], trained_numbers["lora"]) == (48_600, 43_200)
 
+# %% tags=["nbval-ignore-output"]
+passes = {t: {m: d for m, (d, _, _) in each.items() if abs(d) > strict[t]} for t, each in difference.items()}
+print(
+    "pass with all 26 counted:", {test: ", ".join(NAMES[m] for m in found) for test, found in passes.items()}
+)
+assert set(passes[FAR4]) == worse - {"pissa"} and set(passes[FAR16]) == {"adalora", "scaled adamw"}
+assert set(passes[NEAR]) == worse and sum(map(len, passes.values())) == 11
+ahead_of_lora = {m for m in order if all(difference[t][m][0] < 0 for t in TESTS if m in difference[t])}
+assert {m for m in ahead_of_lora if m in difference[FAR16]} == {"dora"}
+assert abs(of_rank / 2 * math.log2(48_600 / 43_200) - 0.008) < 5e-4 and round(of_rank / 2, 3) == 0.049
+
+
+def left_over(grid):
+    """How much lower than at the best rate a parabola through it and its two neighbours gets."""
+    tried = sorted(grid)
+    k = tried.index(min(tried, key=grid.get))
+    left, here, right = (grid[rate] for rate in tried[k - 1 : k + 2])
+    return (left - right) ** 2 / (8 * (left - 2 * here + right))
+
+
+assert [round(left_over(grids[NEAR][m]), 3) for m in ("lora", "dora")] == [0.008, 0.001]
+
 # %% [markdown]
 # **Pairing the seeds.** With one seed all variants read the same windows, so a seed that is hard for one may be hard for
-# all. Taking each seed's own mean out leaves less spread:
+# all. Then the comparison is sharper if each seed's own mean is taken out. Is less spread left?
 
 # %% tags=["nbval-ignore-output"]
 for test in TESTS:
@@ -512,6 +567,11 @@ for test in TESTS:
         f"{test:17} s = {paired:.4f} instead of {spreads[test].deviation:.4f}; shows from {limit:.3f}: {also or 'the same'}"
     )
     assert also == (["DoRA"] if test == FAR16 else []) and limit < 1.1 * shows[test]
+    assert paired < 0.85 * spreads[test].deviation if test != NEAR else paired > spreads[test].deviation
+
+# %% [markdown]
+# On the far task yes, on the near task no. With pairing, DoRA's lead at $r = 16$ shows, too; all other verdicts stay. We keep
+# the unpaired intervals, which we had chosen before, and count this as one more hint for DoRA.
 
 # %% [markdown]
 # ### What is forgotten
@@ -573,23 +633,28 @@ print(
     f"AdaLoRA, three seeds at its rate, beside LoRA where its line passes the same test loss: {less:+.2f} on code; "
     f"95 % interval ± {student(0.975, of_code.freedom) * error:.2f}"
 )
+single = student(0.975, of_code.freedom) * of_code.deviation * math.sqrt(2)
+print(f"two single runs differ on code from {single:.2f} on")
+more = [round(at_equal[m] - at_equal["lora"], 2) for m in ("pissa", "lora-xs", "muon")]
+assert more == sorted(more) and (more[0], more[-1], round(single, 2)) == (0.07, 0.14, 0.15)
 assert -0.17 < less < -0.15 and 0.1 < student(0.975, of_code.freedom) * error < 0.15
 
 # %% [markdown]
 # At equal loss on docstrings AdaLoRA has forgotten less code than LoRA: 3.95 against 4.07 at 5.06 (one seed), and 0.16
 # less at AdaLoRA's own rate (three seeds of AdaLoRA against a line through single runs of LoRA), which shows. Muon,
-# LoRA-XS and PiSSA have forgotten more, by 0.07 to 0.14, about what two single runs differ by. It was not what we looked
-# for, one comparison of many, at one size: a hint, and worth a test of its own.
+# LoRA-XS and PiSSA have forgotten more, by 0.07 to 0.14. Between two single runs a difference shows from 0.15 only. It was
+# not what we looked for, it is one comparison of many, and at one size: a hint, which needs a test of its own.
 
 # %% [markdown]
 # ## 6 · One rate for all
 #
-# Many papers compare at one learning rate. Our rates are powers of two thousandths, so that the grids share some of them,
-# and we can look what such a paper would have found in TinyLM: far task, $r = 4$, seed 0.
+# Gains over LoRA are often shown with fixed or narrowly tuned settings, say Lee et al. (2602.04998). Our rates are 0.001
+# times a power of two, so the grids share some of them. We can look what a comparison at one rate would have found in
+# TinyLM: far task, $r = 4$, 100 steps, seed 0.
 
 # %%
 explore.predict(
-    "At 0.004, a rate at which LoRA learns without any trouble, seven of the variants were run. LoRA's own best rate is eight "
+    "At 0.004, a rate at which LoRA learns without any trouble, LoRA and six variants were run. LoRA's own best rate is eight "
     "times as large. Where does LoRA stand among the seven?",
     {
         "among the first": "It would be at 0.032. At 0.004 its steps are too short, and those of most others are not.",
@@ -637,7 +702,7 @@ both = [m for m in NAMES if on_test[m].get(0.004) and on_test[m].get(0.032)]
 turned = rank_correlation(*([on_test[m][rate] for m in both] for rate in (0.004, 0.032)))
 print(f"the order at 0.004 and that at 0.032, of {', '.join(NAMES[m] for m in both)}: {turned:+.2f}")
 four = {"lora+", "pissa", "lora-xs", "lora-ga"}
-assert {m for m, each in ahead[0.004].items() if each < -once} == four
+assert {m for m, each in ahead[0.004].items() if each < -once} == four and round(turned, 2) == -0.03
 assert -0.215 < min(ahead[0.004].values()) < -0.205 and -0.12 < max(ahead[0.004][m] for m in four) < -0.11
 assert len([m for m, each in ahead[0.032].items() if each > once]) == 6 and len(ahead[0.032]) == 8
 assert not [m for rate in (0.016, 0.032) for m, each in ahead[rate].items() if each < -once]
@@ -652,20 +717,22 @@ assert "best first: DoRA" in explorer.pictures[0.032,].sentence
 explorer
 
 # %% [markdown]
-# **At 0.004 the papers are right.** LoRA+, PiSSA, LoRA-XS and LoRA-GA beat LoRA by 0.12 to 0.21 nats a token, four to seven
-# times what shows between two single runs; LoRA is sixth of seven. At 0.008 they still lead, by less. At 0.016 none of
-# them does, and at 0.032, LoRA's own rate, six of eight are behind. The order at 0.004 has nothing to do with the order of the tuned ones ($-0.07$), and
-# not much with the order at 0.032. (One seed each.)
+# **At 0.004 four variants are far ahead of LoRA.** LoRA+, PiSSA, LoRA-XS and LoRA-GA beat it by 0.12 to 0.21 nats a token,
+# four to seven times what shows between two single runs; LoRA is sixth of seven. At 0.008 they still lead, by less. At
+# 0.016 none of them shows to be better, and at 0.032, LoRA's own rate, six of eight are behind. The order at 0.004 is
+# unrelated to the order of the tuned ones (a rank correlation of $-0.07$, seven variants) and to the order at 0.032
+# ($-0.03$, six variants). (One seed each.)
 #
-# So the claims reproduce, at a rate that is too small for LoRA, and are gone when LoRA has a rate of its own. Nobody has
-# to have cheated for that: 0.004 is a good rate for LoRA+, and a reviewer who asked for 'the same hyperparameters' would
-# have got this table. What these variants do at 0.004 is to take longer steps.
+# So in TinyLM these four look much better than LoRA at a rate that is too small for LoRA, and the lead is gone when LoRA has
+# a rate of its own. No one has to be dishonest for such a table: 0.004 is the best rate of LoRA+, and 'the same
+# hyperparameters for all' sounds fair. What these variants do at 0.004 is to take longer steps. Whether the results of
+# their papers came about in this way our runs cannot say: the models, tasks and rates there were others.
 
 # %% [markdown]
 # ### Who forgives a wrong rate?
 #
-# Scaled AdamW's paper claims less than a better loss, and more: that training becomes more robust to the choice of the
-# learning rate. How far may the rate be from the best, as a factor from the smallest to the largest, before 0.05 nats a
+# Scaled AdamW's paper claims, beside better convergence, that training becomes more robust to the choice of the learning
+# rate. How far may the rate be from the best, as a factor from the smallest to the largest, before 0.05 nats a
 # token are lost? (On a line between the rates that were tried, in their logarithms; validation loss, seed 0.)
 
 
@@ -694,6 +761,8 @@ narrow = sorted(valley, key=valley.get)
 assert narrow[:2] == ["scaled adamw", "lora"] and set(narrow[-2:]) == {"lora-xs", "lora-ga"}
 for method, said in {"scaled adamw": 2.2, "lora": 2.8, "lora-ga": 5.3, "lora-xs": 4.7}.items():
     assert abs(valley[method] - said) < 0.06
+past = 2.0 ** (math.log2(0.064) - math.log2(0.032)) * valley["lora"]  # the wall at 0.064, not at 0.032
+assert round(past, 1) == 5.6
 of_rate = {(m, rate): loss for m, grid in grids[FAR4].items() for rate, loss in grid.items()}
 assert (
     round(of_rate["lora", 0.064], 2) == 7.28
@@ -702,11 +771,13 @@ assert (
 assert round(of_rate["lora-ga", 0.032] - of_rate["lora-ga", 0.016], 2) == 0.03
 
 # %% [markdown]
-# In this test scaled AdamW is the *least* forgiving, 2.2, and LoRA, 2.8, comes next. LoRA-GA (5.3) and LoRA-XS (4.7) forgive
-# most, and more than that, since their grids end before 0.05 are lost. So that claim does not reproduce here either, at
-# 100 steps and with seed 0. But LoRA does have a wall just behind its best rate: at twice of it the loss is 7.28, above that
-# of the base. DoRA loses 0.23 at four times its best rate, LoRA-GA 0.03 at twice. If nobody has the time to look for
-# a rate, that is worth more than a hundredth of a nat.
+# In this test scaled AdamW is the *least* forgiving, 2.2. LoRA has 2.8, which is the least it can be: its loss rises to
+# 7.28 somewhere between 0.032 and 0.064, and the line assumes that it does so at once. If the wall stands just before
+# 0.064, LoRA has 5.6. LoRA-GA (5.3) and LoRA-XS (4.7) forgive most of what we could measure, and more than that, since
+# their grids end before 0.05 are lost. So we do not see that claim either, far task, $r = 4$, 100 steps, seed 0. But LoRA
+# does have a wall somewhere behind its best rate: at twice that rate the loss is 7.28, above that of the base. DoRA loses
+# 0.23 at four times its best rate, LoRA-GA 0.03 at twice. If nobody has the time to look for a rate, that is worth more
+# than a hundredth of a nat.
 
 # %% [markdown]
 # ## 7 · Does the best rate depend on r?
@@ -789,7 +860,9 @@ def by_rate(method, size):
 
 # %% [markdown]
 # A grid with a factor of 2 is coarse for such exponents. A parabola through the best rate and its two neighbours, in the
-# logarithm of the rate, says where between them the minimum lies.
+# logarithm of the rate, gives a guess where between them the minimum lies. Two things make it uncertain. The losses have the
+# spread of a seed. And beside a steep wall the parabola is wrong: it then puts the minimum half a step to the left, however
+# the losses are. So each place gets a second error, that of a point somewhere in a step of the grid, $1 / \sqrt{12}$ of a step.
 
 
 # %%
@@ -840,7 +913,8 @@ for family, sizes in FAMILIES.items():
     place = {rank: k + lowest_between(*three) for rank, (k, three) in found.items()}
     sd = {rank: shaken(three, spread) for rank, (_, three) in found.items()}
     best[family] = {rank: 2**each for rank, each in place.items()}
-    exponent[family], error[family] = (place[16] - place[1]) / 4, math.hypot(sd[1], sd[16]) / 4
+    exponent[family] = (place[16] - place[1]) / 4
+    error[family] = math.sqrt(sd[1] ** 2 + sd[16] ** 2 + 2 / 12) / 4
     rates = "".join(f"{rate:9.4f}" for rate in best[family].values())
     print(
         f"{family:24}{rates}{exponent[family]:+9.2f} ± {error[family]:.2f}{first[family]:+11.2f}{first[family] / 2:+9.2f}"
@@ -853,28 +927,55 @@ for family in FAMILIES:
     for name, guess in (("first step", first[family]), ("later", first[family] / 2)):
         print(f"{family:14} {name:11} off by {(exponent[family] - guess) / error[family]:+.1f} of the errors")
 off = {family: abs(exponent[family] - first[family] / 2) / error[family] for family in list(FAMILIES)[:3]}
-assert max(off.values()) < 2.5 < 4 < min(abs(exponent[f] - first[f]) / error[f] for f in list(FAMILIES)[:2])
+assert max(off.values()) < 1 and all(
+    1.9 < abs(exponent[f] - first[f]) / error[f] < 3 for f in list(FAMILIES)[:2]
+)
+assert [round(first[f] / 2 + 1e-9, 2) for f in list(FAMILIES)[:3]] == [-0.29, 0.21, -0.04]
 lost = {family: max(best[family].values()) / min(best[family].values()) for family in FAMILIES}
 print(
     "best rates from r = 1 to 16 within a factor of",
     {family: round(each, 1) for family, each in lost.items()},
 )
+assert [round(each, 1) for each in lost.values()] == [2.7, 1.4, 1.3, 3.3]
+of_s = {r: math.log(best["s = 1"][r] / best["s = 4 / r"][r]) / math.log(r / 4) for r in (1, 16)}
+print("at one r, the best rate goes with s as s^", {r: round(each, 2) for r, each in of_s.items()})
+assert [round(each, 2) for each in of_s.values()] == [-0.44, -0.5] and round(math.sqrt(2 / 12) / 2, 1) == 0.2
+assert all(0.1 < each < 0.16 for each in error.values())
+assert 2.05 < best["s = 1"][4] / best["PiSSA, s = 1"][4] < 2.2
 
 # %% [markdown]
-# **What came out** (far task, 100 steps, one seed a grid, three ranks). With $s = 1$ the best rate falls as $r^{-0.36}$, a
-# factor of 2.7 from $r = 1$ to 16. With $s = 4 / r$ it rises as $r^{+0.11}$, with rsLoRA it falls as $r^{-0.10}$: within
-# a factor of 1.4, less than what our grids can tell apart one by one. The second argument, $-0.30$, $+0.20$, $-0.05$, is
-# two errors off or less; the first is far off where $s = 1$ or $4 / r$. PiSSA's $-0.43 \pm 0.11$ agrees with its
-# first step, $-0.35$. (The errors are what the spread of seeds would do to a parabola; whether a parabola is right they don't
-# say, and beside a wall it is not.)
+# **What came out** (TinyLM, far task, 100 steps, one seed a grid, three ranks). With $s = 1$ the best rate falls as
+# $r^{-0.36}$, a factor of 2.7 from $r = 1$ to 16. With $s = 4 / r$ it rises as $r^{+0.11}$, with rsLoRA it falls as
+# $r^{-0.10}$: within a factor of 1.4, less than one step of our grids. The errors are 0.11 to 0.15. The second argument,
+# $-0.29$, $+0.21$, $-0.04$, is off by less than one error each time; the first, $-0.59$ and $+0.41$, by two to three where
+# $s = 1$ or $4 / r$. At one rank, where no $r^p$ enters, the rate goes as $s^{-0.44}$ ($r = 1$) and $s^{-0.50}$ ($r = 16$),
+# with errors of about 0.2; the second argument says $-\tfrac12$, the first $-1$. PiSSA's $-0.43$ lies nearer to its first
+# step, $-0.35$, than to half of it, but cannot tell the two apart.
+#
+# So these runs speak for the second argument and do not prove it. It leaves much out: the decay of the rate, the clipping,
+# and that the wall right of the best rate may come from other things than the size of the step.
 #
 # The first step says less about how large a rate should *be*: PiSSA's goes 10 times as far as LoRA's, its best rate
 # at $r = 4$ is only 2.1 times smaller.
 #
 # Chen, Villar and Hayou (2602.06204) derive two regimes, says their abstract: by start and scaling the best rate stays
-# about the same at all ranks, or it falls with the inverse of the rank. We find the first with $\alpha$ fixed and with
-# rsLoRA, and in between with $s = 1$. In practice: with $\alpha$ fixed or rsLoRA a rate found at one rank is a good guess
-# for another.
+# about the same at all ranks, or it falls with the inverse of the rank. In TinyLM we find something like the first with
+# $\alpha$ fixed and with rsLoRA, and something in between with $s = 1$. In practice: with $\alpha$ fixed or rsLoRA a rate found
+# at one rank is a good first guess for another.
+#
+# rsLoRA's own claim is another one, that larger ranks learn better with $\alpha / \sqrt r$ than with $\alpha / r$. At $r = 16$
+# and a rate of 0.008 it does so here, by 0.08 nats a token. At rates of their own the two differ by 0.004, which three
+# seeds would not show, and we have one.
+
+# %% tags=["nbval-ignore-output"]
+of_test = lambda method: {row["rate"]: row["test"] for row in method_grid(rows, "far", method, 16, 100)}
+stable, divided = of_test("rslora, alpha 2"), of_test("lora, alpha 4")
+print(f"r = 16, rsLoRA − α fixed: at 0.008 {stable[0.008] - divided[0.008]:+.3f}", end=", ")
+of_own = stable[0.016] - divided[0.032]
+print(f"at rates of their own {of_own:+.3f}")
+assert around(by_rate("rslora, alpha 2", 16))[0] == math.log2(0.016)
+assert around(by_rate("lora, alpha 4", 16))[0] == math.log2(0.032)
+assert -0.08 < stable[0.008] - divided[0.008] < -0.075 and round(of_own, 3) == -0.004
 
 # %% [markdown]
 # ## 8 · Two factorings, one ΔW
@@ -953,9 +1054,10 @@ for (name, basis), distance in apart.items():
     assert distance < 1e-11 if name in free[basis] else distance > 0.2, (name, basis)
 
 # %% [markdown]
-# Three kinds, in one table. **Neither**: AdamW, and scaled AdamW no better: from a rotated basis they end half as far
-# apart as they have moved, from a general one further than that. **Rotations**: SGD, and Muon on $A$ and $B$. **Every**
-# $M$: scaled SGD and Muon on the product (whose roots $(A A^\top)^{-1/2}$ do the dividing), to fifteen digits.
+# Three kinds, in one table. **Neither**: AdamW, and scaled AdamW no better: from a rotated basis they end more than half as
+# far apart as they have moved, from this general $M$ further apart than they have moved. **Rotations**: SGD, and Muon on
+# $A$ and $B$. **Every** $M$: scaled SGD and Muon on the product (whose roots $(A A^\top)^{-1/2}$ do the dividing), up to
+# rounding, about fourteen digits of float64.
 #
 # Does it matter? A rotation of a random start is another random start, no better and no worse. Other $M$ are not so
 # harmless, and one of them has a name. Take $M = \tfrac14$: $A$ is 4 times as large and $B$ a quarter. Adam moves each entry
@@ -971,7 +1073,8 @@ print(f"LoRA+ at (0.001, 0.016) and LoRA at 0.004 with an A of 4 times the size 
 assert off_by < 1e-9 and float((of_plus - start).norm()) > 0.1
 
 # %% [markdown]
-# With Adam, LoRA+ *is* LoRA whose $A$ starts 4 times as large, at 4 times the rate. So a start, a scaling and a pair of
+# With Adam, LoRA+ *is* LoRA whose $A$ starts 4 times as large, at 4 times the rate. (Adam's $\epsilon$ must be negligible, and
+# nothing may be clipped or decayed.) So a start, a scaling and a pair of
 # rates can be three words for one thing, and a comparison at one common rate compares them unfairly by construction.
 #
 # (The clipping that `fit` does by default, and that the recorded runs had, breaks even the last two. So does a damping
@@ -993,7 +1096,7 @@ explore.predict(
         "nothing": "AdaLoRA's seeds agree with one another far more than chance, and full tuning's two nearly perfectly.",
         "each agrees with itself, less with the other": "Yes. Both find something that belongs to the task and to their way "
         "of training, and it is not the same thing.",
-        "all agree": "They agree that the MLP gets most, and disagree about the attention.",
+        "all agree": "They agree that the MLP gets much, and disagree about the attention.",
     },
 )
 
@@ -1019,7 +1122,7 @@ by_kind = {
 }
 for name, found in by_kind.items():
     print(f"{name:26}" + "".join(f"{each:8.1f}" for each in found.values()))
-assert all(found["up"] == max(found.values()) for found in by_kind.values())
+assert all(found["up"] == max(found.values()) and found["down"] > 4.85 for found in by_kind.values())
 
 # %% tags=["nbval-ignore-output"]
 agree = lambda one, other: rank_correlation([one[n] for n in layers], [other[n] for n in layers])
@@ -1037,15 +1140,17 @@ print(f"of 36 matrices in random order |ρ| is above {limit:.2f} in 5 % of cases
 by_depth = lambda ranks: [mean([ranks[n] for n in layers if n.startswith(f"blocks.{k}.")]) for k in range(6)]
 for name, ranks in chosen.items():
     print(f"{name:26} by block, from below: " + "".join(f"{each:5.1f}" for each in by_depth(ranks)))
-assert all(0.55 < each < 0.66 for each in within) and of_full > 0.95
+assert all(0.55 < each < 0.66 for each in within) and of_full > 0.985
+assert all(3.3 < each < 4.5 for ranks in chosen.values() for each in by_depth(ranks))
 assert [round(each, 2) for each in between.values()] == [0.01, 0.02, 0.35] and 0.32 < limit < 0.34
 
 # %% [markdown]
 # AdaLoRA's seeds agree with one another (0.57 to 0.64), full tuning's two nearly perfectly (0.99). With *each other* they do
 # not agree: 0.01 and 0.02, as in random order, and 0.35 with the gentle tuning, just above what chance gives in 5 % of
-# cases. Both give the MLP's two matrices most. In the attention they do the opposite: the spectra give to query and key
+# cases. Both give much to the MLP's two matrices (4.9 or more on average). In the attention they do the opposite: the spectra of
+# full tuning at its usual rate give to query and key
 # (6.0 and 5.3) and hardly anything to value and output (0.2 and 0.8), AdaLoRA most to output and least to query (4.7 and
-# 2.4). By depth neither has much to say. (Far task, $r = 4$; with so many matrices at the most, 6, much of the order is ties.)
+# 2.4). The six blocks get about as much each. (Far task, $r = 4$; with so many matrices at the most, 6, much of the order is ties.)
 #
 # They ask different questions. A singular value says how *far* $W$ was moved in a direction; $|w g|$ says what the *loss* would
 # feel. Which allocation trains better, we have not tried: AdaLoRA's own result, behind LoRA with the same rank everywhere,
@@ -1103,17 +1208,17 @@ assert cost["disk"]["pissa"]["bytes"] > 1.9 * cost["disk"]["lora"]["bytes"]
 #
 # All in one table. Claims are those of the abstracts, in our words, and were made for much larger models, longer trainings
 # and other tasks. What we saw is TinyLM, 100 steps, three seeds, each variant at its own rate: the test loss less LoRA's in
-# thousandths of a nat a token, far at $r = 4$, far at $r = 16$, near at $r = 4$ (in bold what shows; negative is better).
+# thousandths of a nat a token, far at $r = 4$, far at $r = 16$, near at $r = 4$ (in bold what shows, one interval at a time; negative is better).
 #
 # | variant | what it changes | what its abstract says | what we saw | what it costs here |
 # | --- | --- | --- | --- | --- |
-# | rsLoRA (2312.03732) | $s = \alpha / \sqrt r$ | larger ranks learn better than with $\alpha / r$ | a rate that stays from $r = 1$ to 16, as with $\alpha$ fixed | nothing |
+# | rsLoRA (2312.03732) | $s = \alpha / \sqrt r$ | larger ranks learn better than with $\alpha / r$ | a rate that stays from $r = 1$ to 16, as with $\alpha$ fixed; level with it at $r = 16$ (one seed) | nothing |
 # | LoRA+ (2402.12354) | $B$'s rate 16 times $A$'s | 1 to 2 % better, up to twice as fast | +11, 0, **+6** | nothing |
 # | DoRA (2402.09353) | lengths and directions apart | better than LoRA in learning capacity and stability, nothing added in use | −11, −13, **−7** | 10 % time, 1.5 × memory |
 # | PiSSA (2404.02948) | starts in $W$'s largest directions | converges faster, ends better | **+30**, +11, **+17** | file of rank $2r$ |
-# | LoRA-GA (2407.05000) | starts in the first gradient's directions | 2 to 4 times as fast, as good as full tuning or better | −4, **−25**, **+8** | a second, file of rank $2r$ |
-# | AdaLoRA (2303.10512) | a budget of rank over all matrices | better above all where the budget is small | **+45**, **+34**, **+27**; forgets less | 9 % time |
-# | scaled AdamW (2402.02347) | gradients times $(A A^\top)^{-1}$, $(B^\top B)^{-1}$ | converges better, forgives other rates | **+139**, **+128**, **+26**; forgives least | 2 % time |
+# | LoRA-GA (2407.05000) | starts in the first gradient's directions | up to 2 to 4 times as fast as LoRA, as good as full tuning or better | −4, **−25**, **+8** | a second, file of rank $2r$ |
+# | AdaLoRA (2303.10512) | a budget of rank over all matrices | better above all where the budget is small | **+45**, **+34**, **+27**; a hint that it forgets less | 9 % time |
+# | scaled AdamW (2402.02347) | gradients times $(A A^\top)^{-1}$, $(B^\top B)^{-1}$ | converges better, forgives other rates | **+139**, **+128**, **+26**; forgives other rates least | 2 % time |
 # | Muon on $A$ and $B$ | steps with all singular values alike | (on the product, 2606.12921: one rate for all ranks; of $A$ and $B$ apart we know no claim) | **+36**, +4, **+11** | 5 % time, half of Adam's state |
 # | VeRA (2310.11454) | one random $A$, $B$; two vectors a layer | as good with far fewer numbers | −5, not run, +2, with *as many* numbers | 4 × time, 2.8 × memory |
 # | LoRA-XS (2405.17604) | $r \times r$ between $W$'s directions | as good or better, files 100 times smaller in 7B models | **+32**, **+21**, **+16**, with *as many* numbers | 10 % *less* memory |
@@ -1144,18 +1249,29 @@ share_of_loss = {
 }
 within = max(abs(each) for (m, _), each in share_of_loss.items() if m != "scaled adamw")
 print(f"scaled AdamW apart, all end within {within:.1%} of LoRA's loss")
+by_task = {
+    task: max(
+        abs(share(t, m)) for t in TESTS if task_of[t] == task for m in difference[t] if m != "scaled adamw"
+    )
+    for task in ("far", "near")
+}
+assert abs(by_task["far"] - 0.044) < 5e-4 and abs(by_task["near"] - 0.209) < 5e-4
+assert 1 < cost["steps"]["lora-ga"]["start_processor_s"] < 1.6
 assert within < 0.0095 and over["scaled adamw"] < 1.06 and over["muon"] < 1.1
 
 # %% [markdown]
-# **In this regime**, then: *DoRA* survives, by about one per cent of the gain on the far task and six on the near one,
-# always in the same direction, for a tenth more time and half as much memory again. *LoRA-GA* survives at $r = 16$ on the
-# far task, for a second at the start, and not on the near one. *VeRA* is level, at four times the time. *LoRA+*, which is
-# LoRA with a larger $A$ (section 8), is level on the far task and a little behind on the near one. *PiSSA, LoRA-XS, Muon*
-# and *AdaLoRA* are a little behind, *scaled AdamW* clearly. And the advantage that papers report we saw, too: at 0.004,
-# where LoRA+, PiSSA, LoRA-XS and LoRA-GA are far ahead of LoRA.
+# **In this regime**, then. *DoRA* is ahead of LoRA in all three tests, by about one per cent of the gain on the far task,
+# which does not show, and by six on the near one, which does, for a tenth more time and half as much memory again. *LoRA-GA*
+# is ahead at $r = 16$ on the far task, for a second at the start, and behind on the near one. Both leads are hints: neither
+# passes when all 26 comparisons are counted. *VeRA* is level, at four times the time. *LoRA+*, which is LoRA with a larger $A$
+# (section 8), is level on the far task and a little behind on the near one. *PiSSA, LoRA-XS, Muon* and *AdaLoRA* are level or
+# a little behind, *scaled AdamW* clearly behind. And at 0.004, one rate for all, we saw LoRA+, PiSSA, LoRA-XS and LoRA-GA
+# far ahead of LoRA.
 #
-# It is much what Lee et al. (2602.04998) found for nine variants in language models of several sizes: within 1 to 2 per
-# cent of one another at their peaks, once each has its rate. Ours are within 1 % of the loss, scaled AdamW apart.
+# It fits what Lee et al. (2602.04998) report for nine variants in language models of several sizes: all within 1 to 2 per
+# cent at their peaks, once each has its rate. The numbers are not of one kind: theirs are of results on tasks. Ours
+# are within 1 % of the loss, scaled AdamW apart; as a share of what LoRA gains that is up to 4.4 % on the far task and
+# 21 % on the near one.
 #
 # What this does not say: 100 steps are few, and variants that are meant for long trainings, large ranks, wide models or tiny
 # files had no chance to show it. The ones behind may be so because of our version: AdaLoRA's budget still falls in
@@ -1168,11 +1284,12 @@ assert within < 0.0095 and over["scaled adamw"] < 1.06 and over["muon"] < 1.1
 #   Adam, LoRA+ is LoRA with a larger $A$ and a larger rate.
 # - Say how large a difference must be *before* looking. Here: 0.018 nats a token over three seeds on the far task, from a
 #   pooled spread and Student's $t$; four times in five from 0.025. It holds for this model and this text.
-# - At one rate for all, a comparison measures whose rate it is. At 0.004 LoRA is sixth of seven, at rates of their own
+# - A comparison at one rate for all measures to whom this rate fits. At 0.004 LoRA is sixth of seven, at rates of their own
 #   fourth of ten.
-# - Tuned, 17 of 26 differences to LoRA show, and 15 of these are for LoRA. The best variant is worth 2 % of the gain on the
-#   far task, the rank 10 %.
-# - The best rate goes about as $(s\,r^{p})^{-1/2}$: it falls with $r$ where $s = 1$, and stays with $\alpha$ fixed or rsLoRA.
+# - With tuned rates 17 of 26 differences to LoRA show in TinyLM, and 15 of these are for LoRA. 11 pass when all 26 are
+#   counted, all of them for LoRA. The best variant is worth 2 % of the gain on the far task, four times the rank 10 %.
+# - In our runs the best rate goes about as $(s\,r^{p})^{-1/2}$: it falls with $r$ where $s = 1$, and stays with $\alpha$ fixed
+#   or rsLoRA.
 # - $B A = (B M)(M^{-1} A)$: AdamW sees the factors, scaled or not; SGD and Muon on factors see them up to a rotation;
 #   scaled SGD and Muon on the product see $\Delta W$ alone.
 # - AdaLoRA's seeds agree on where the rank goes, and full tuning's spectra say something else.
@@ -1277,8 +1394,9 @@ def tuned(losses):
 print(exercises.check_09_5(tuned))
 
 # %% [markdown] tags=["exercise"]
-# **6.** Write `step(A, B, G, rate)`: one step of gradient descent on $A$ and $B$ whose $B' A'$ is the same for every way to
-# write $B A$. $G = \partial L / \partial W$, and $s = 1$. Return $(A', B')$.
+# **6.** Write `step(A, B, G, rate)`: one step of scaled gradient descent (section 2, no damping), so that $B' A'$ is the same
+# for every way to write $B A$. Both factors move, each by a step made from the old $A$ and $B$. $G = \partial L / \partial W$,
+# and $s = 1$. Return $(A', B')$.
 
 # %% tags=["exercise"]
 step = None  # def step(A, B, G, rate): ...

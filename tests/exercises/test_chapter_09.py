@@ -24,12 +24,32 @@ def groups(model, rate, ratio, a=1.0, b=None, end=""):
     ]
 
 
+def without_rate(groups):
+    """The last group's rate left to the optimiser."""
+    return [*groups[:-1], {"params": groups[-1]["params"]}]
+
+
+def one_each(groups):
+    """A group for each parameter, its parameters as a generator, which can be read once."""
+    return [
+        {"params": (each for each in [p]), "lr": group["lr"]} for group in groups for p in group["params"]
+    ]
+
+
 def start(W, r, s, which=slice(None), share=0.5, divide=True, taken=None):
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     U, S, Vh = (U[:, -r:], S[-r:], Vh[-r:]) if which == "last" else (U[:, :r], S[:r], Vh[:r])
     S = S / s if divide else S
     A, B = S[:, None] ** (1 - share) * Vh, U * S**share
     return A, B, W - (s if taken is None else taken) * B @ A
+
+
+def by_eigenvectors(W, r, s):
+    """PiSSA's start without an SVD: V and Σ² are the eigenvectors and eigenvalues of Wᵀ W."""
+    squares, V = torch.linalg.eigh(W.T @ W)
+    root, V = (squares[-r:].sqrt() / s).sqrt(), V[:, -r:]
+    A, B = (V * root).T, W @ V / (s * root)
+    return A, B, W - s * B @ A
 
 
 def smallest(groups, n, t, wrong=""):
@@ -56,6 +76,12 @@ def tuned(losses, blown=math.inf, edges=False):
     return best if rates and rates[0] < best < rates[-1] and loss[best] < math.inf else None
 
 
+def interior(losses):
+    """The best of the rates that are not at an edge, though one at the edge may be better."""
+    inside = sorted(losses)[1:-1]
+    return min((rate for rate in inside if losses[rate] is not None), key=losses.get, default=None)
+
+
 def step(A, B, G, rate, wrong=""):
     inverse = torch.linalg.inv
     for_A, for_B = inverse(B.T @ B), inverse(A @ A.T)
@@ -73,6 +99,11 @@ def step(A, B, G, rate, wrong=""):
     return A - rate * for_A @ B.T @ G, new_B
 
 
+def by_pseudo_inverses(A, B, G, rate):
+    """(Bᵀ B)⁻¹ Bᵀ is B's pseudo-inverse, Aᵀ (A Aᵀ)⁻¹ A's."""
+    return A - rate * torch.linalg.pinv(B) @ G, B - rate * G @ torch.linalg.pinv(A)
+
+
 def in_place(W, r, s):
     A, B, rest = start(W, r, s)
     return A, B, W.copy_(rest)
@@ -81,6 +112,8 @@ def in_place(W, r, s):
 # (check, answer, what the reply must say), each answer written out as a student would work it out
 CASES = [
     (1, dora, "right"),
+    (1, lambda W, A, B, s, m: torch.diag(m) @ torch.nn.functional.normalize(W + s * B @ A, dim=1), "right"),
+    (1, lambda W, A, B, s, m: dora(W, A, B, s, m, lambda V, W: V.abs().sum(1, keepdim=True)), "it is off"),
     (1, lambda W, A, B, s, m: W + s * B @ A, "that is LoRA"),
     (1, lambda W, A, B, s, m: dora(W, A, B, s, torch.ones_like(m)), "m is missing"),
     (1, lambda W, A, B, s, m: m[:, None] * (W + s * B @ A), "not divided out"),
@@ -100,7 +133,14 @@ CASES = [
     (2, lambda model, rate, ratio: [{"params": list(model.parameters()), "lr": rate}], "is frozen"),
     (2, lambda model, rate, ratio: list(model.parameters()), "torch.optim must take the answer"),
     (2, lambda model, rate, ratio: model.factors, "raises AttributeError"),
+    (2, lambda model, rate, ratio: groups(model, rate, 16), "ratio = 4"),
+    (2, lambda model, rate, ratio: groups(model, 0.01, ratio), "rate = 0.02"),
+    (2, lambda model, rate, ratio: without_rate(groups(model, rate, ratio)), "has no 'lr'"),
+    (2, lambda model, rate, ratio: tuple(groups(model, rate, ratio)), "right"),
+    (2, lambda model, rate, ratio: (group for group in groups(model, rate, ratio)), "right"),
+    (2, lambda model, rate, ratio: one_each(groups(model, rate, ratio)), "right"),
     (3, start, "right"),
+    (3, lambda W, r, s: list(by_eigenvectors(W, r, s)), "right"),
     (3, lambda W, r, s: start(W, r, s, taken=0.0), "W_res is W itself"),
     (3, lambda W, r, s: start(W, r, s, taken=1.0), "W − B A"),
     (3, lambda W, r, s: start(W, r, s, which="last"), "the smallest singular directions"),
@@ -110,6 +150,8 @@ CASES = [
     (3, lambda W, r, s: start(W, r, s)[0], "three matrices"),
     (3, in_place, "changes a matrix"),
     (4, smallest, "right"),
+    (4, lambda g, n, t: torch.tensor(smallest(g, n, t), dtype=torch.float64), "right"),
+    (4, lambda g, n, t: smallest(g, 2 * n, t), "not yet"),
     (4, lambda g, n, t: smallest(g, n, t, "n"), "given away one"),
     (4, lambda g, n, t: smallest(g, n, t, "all"), "all runs together"),
     (4, lambda g, n, t: smallest(g, n, t) / math.sqrt(2), "the error of one mean"),
@@ -119,6 +161,8 @@ CASES = [
     (4, lambda g, n, t: smallest(g, n, t, "freedom"), "another freedom"),
     (4, lambda g, n, t: "small", "one number"),
     (5, tuned, "right"),
+    (5, lambda losses: tuned(dict(sorted(losses.items(), reverse=True))), "right"),
+    (5, lambda losses: interior(losses), "the largest rate is the best"),
     (5, lambda losses: tuned(losses, edges=True), "the largest rate is the best"),
     (5, lambda losses: tuned(losses, blown=None), "blew up"),
     (5, lambda losses: tuned(losses, blown=0.0), "blew up"),
@@ -126,6 +170,8 @@ CASES = [
     (5, lambda losses: "0.02", "it must be"),
     (5, lambda losses: losses, "a rate or None"),
     (6, step, "right"),
+    (6, lambda A, B, G, rate: by_pseudo_inverses(A, B, G, rate), "right"),
+    (6, lambda A, B, G, rate: (A, step(A, B, G, rate)[1]), "A doesn't move"),
     (6, lambda A, B, G, rate: step(A, B, G, rate, "plain"), "plain SGD"),
     (6, lambda A, B, G, rate: step(A, B, G, rate, "swapped"), "the inverses are exchanged"),
     (6, lambda A, B, G, rate: step(A, B, G, rate, "in turns"), "uses the new B"),
