@@ -4,8 +4,6 @@ Which runs there are is sweeps.py's. The training loop is training.py's, the met
 """
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
@@ -24,6 +22,7 @@ from lora_edu.data.runs import BATCH, RANKS, SETTINGS, name_of
 from lora_edu.lora import add_lora, lora_layers, trainable_parameters
 from lora_edu.paths import write_atomically
 from lora_edu.recording.analysis import updates
+from lora_edu.seeds import pooled
 from lora_edu.text import nearest
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, History, disjoint_windows, evaluate, fit
@@ -298,7 +297,7 @@ def _one_thread() -> None:
 
 
 def spread(rows: Iterable[Mapping]) -> float:
-    """Pooled standard deviation of the test loss over seeds: √ of the mean variance of runs that differ in it alone."""
+    """Standard deviation of the test loss over seeds, pooled over runs that differ in their seed alone."""
     groups: dict[str, list[float]] = {}
     for row in rows:
         if row["test"] is not None:
@@ -306,7 +305,7 @@ def spread(rows: Iterable[Mapping]) -> float:
     several = [group for group in groups.values() if len(group) > 1]
     if not several:
         raise ValueError("no two rows differ in their seed alone, so there is no spread to compare with")
-    return math.sqrt(sum(statistics.variance(group) for group in several) / len(several))
+    return pooled(several).deviation
 
 
 def tolerance(rows: Iterable[Mapping]) -> float:
