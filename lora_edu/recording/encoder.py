@@ -40,11 +40,12 @@ TARGETS = {
     "lora MLP": MLP,
     "lora words": WORDS,
 }
-RANKS = (1, 4, 8, 16, 32, 64)  # of LoRA on all of these
+RANKS = (1, 4, 8, 16, 64)  # of LoRA on all of these
 GRIDS = {1: 8e-3, 8: 4e-3, 64: 2e-3}  # rank → the middle one of the rates that are tried there
 RANK = 8  # of the run that the chapter trains itself, of the seeds and of the choice of matrices
 FULL = 2e-4  # the middle one of full tuning's rates
 CUT_TO = (0, 1, 2, 4, 8, 16, 32, 64)
+CUT_AGAIN = (1, 8, 64)  # with the second seed
 KIND_RANKS = (1, 8)  # to which one kind at a time is cut
 POOL = 500  # pairs of the small pools
 THIRD = slice(None, None, 3)  # of the test pairs: what cuts are measured on
@@ -244,7 +245,7 @@ def cut(run: Mapping, folder: Path) -> dict:
     """What a full tuning's ΔW is made of; biases, norms and positions keep all of theirs.
 
     "cut": r → `figures` on a third of test with every ΔW cut to r; "one_kind_cut": kind → r → with that kind alone cut
-    (seed 0); "spectra": kind → `spectrum_of`; "size": kind → ‖ΔW‖/‖W‖ by layer; "sigma": name of the matrix → σ.
+    (seed 0); "spectra": kind → `spectrum_of`; "sizes": kind → ‖ΔW‖/‖W‖ by layer; "sigma": name of the matrix → σ.
     Read if it is there: folder/NAME.cut.json.
     """
     path = folder / f"{name_of(run)}.cut.json"
@@ -266,9 +267,9 @@ def cut(run: Mapping, folder: Path) -> dict:
 
     of_kind = lambda kind: [(parts[name].S, W[name]) for name in parts if kind_of(name) == kind]
     row = {
-        "cut": {str(r): cut_to(r, KINDS) for r in CUT_TO},
+        "cut": {str(r): cut_to(r, KINDS) for r in (CUT_AGAIN if run["seed"] else CUT_TO)},
         "spectra": {kind: spectrum_of(of_kind(kind)) for kind in KINDS},
-        "size": {kind: [float(f"{S.norm() / w.norm():.3g}") for S, w in of_kind(kind)] for kind in KINDS},
+        "sizes": {kind: [float(f"{S.norm() / w.norm():.3g}") for S, w in of_kind(kind)] for kind in KINDS},
         "sigma": {name: part.S.tolist() for name, part in parts.items()},
     }
     if run["seed"] == 0:
