@@ -146,8 +146,9 @@ def load_encoder_runs(**settings) -> list[dict]:
 
     A row: task, method ("lora" on all matrices, "lora attention", "lora MLP", "lora words", "full"; "none": untuned;
     "bm25"), size (r), rate, steps, seed, trained (numbers), validation (nats a query; None where it blew up). Of tuned
-    rows "all", "third" and "pool_500", what they find of the test pairs, and "ranks", the place of each. Of full tuning
-    at a gentle and a steep rate "cut": r → the same with every ΔW cut to it, "one_kind_cut", "spectra" and "sizes".
+    rows "all", "quarter" and "pool_500", what they find of the test pairs, and "ranks", the place of each. Of full
+    tuning at a gentle and a steep rate "cut": r → the same with every ΔW cut to it, on a quarter of the test pairs;
+    "one_kind_cut", "spectra" and "sizes".
     `lora_edu.recording.encoder` made them; `lora_edu.data.runs` finds the tuned ones.
     """
     rows = json.loads(data_file("encoder.json").read_text(encoding="utf-8"))["rows"]

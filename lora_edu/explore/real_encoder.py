@@ -45,9 +45,9 @@ def called(method: str, size: int | None) -> str:
 def gain_kept(row: Mapping, before: Mapping, by: str = "loss") -> dict[int, float]:
     """r → the share of a full tuning's gain that is left when every ΔW is cut to it.
 
-    before: the untuned row; by: "loss" (nats a query) or "mrr", both on a third of the test pairs.
+    before: the untuned row; by: "loss" (nats a query) or "mrr", both on a quarter of the test pairs.
     """
-    start, gain = before["third"][by], before["third"][by] - row["third"][by]
+    start, gain = before["quarter"][by], before["quarter"][by] - row["quarter"][by]
     return {int(r): (start - found[by]) / gain for r, found in row["cut"].items()}
 
 
@@ -55,10 +55,10 @@ def gain_trained(
     rows: Sequence[Mapping], before: Mapping, full: Mapping, by: str = "loss"
 ) -> dict[int, float]:
     """r → the gain of LoRA trained at that rank on all matrices (mean over seeds), as a share of a full tuning's."""
-    start, gain = before["third"][by], before["third"][by] - full["third"][by]
+    start, gain = before["quarter"][by], before["quarter"][by] - full["quarter"][by]
     runs = method_runs(rows, rows[0]["task"], rows[0]["steps"])
     found = {
-        size: mean(start - row["third"][by] for row in each) / gain
+        size: mean(start - row["quarter"][by] for row in each) / gain
         for (method, size), each in runs.items()
         if method == "lora"
     }

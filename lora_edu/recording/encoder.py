@@ -30,7 +30,7 @@ from lora_edu.training import fit
 from lora_edu.tuning import trained_parameters
 
 TASK = "functions"
-STEPS, BATCH = 32, 64
+STEPS, BATCH = 24, 64
 ATTENTION = ("query", "key", "value", "attention.output.dense")
 MLP = ("intermediate.dense", re.compile(r"encoder\.layer\.\d+\.output\.dense"))
 WORDS = ("word_embeddings",)
@@ -46,9 +46,9 @@ RANK = 8  # of the run that the chapter trains itself, of the seeds and of the c
 FULL = 2e-4  # the middle one of full tuning's rates
 CUT_TO = (0, 1, 2, 4, 8, 16, 32, 64)
 CUT_AGAIN = (1, 8, 64)  # with the second seed
-KIND_RANKS = (1, 8)  # to which one kind at a time is cut
+KIND_RANKS = (8,)  # to which one kind at a time is cut
 POOL = 500  # pairs of the small pools
-THIRD = slice(None, None, 3)  # of the test pairs: what cuts are measured on
+QUARTER = slice(None, None, 4)  # of the test pairs: what cuts are measured on
 KINDS = ("words", "query", "key", "value", "output", "up", "down")
 _KINDS = {  # how a matrix's name ends → its kind
     "word_embeddings.weight": "words",
@@ -76,8 +76,9 @@ def wanted(rows: Iterable[Mapping], short: int = STEPS, long: int = 0) -> list[d
     if found is not None:
         for method in list(TARGETS)[1:]:
             runs += grid(rows, found, range(-1, 2), method=method, size=RANK, **about)
+    ends = all(tuned_rate(rows, TASK, "lora", rank, short) for rank in GRIDS)  # then a rate between is final
     for rank in RANKS:
-        rate = None if rank in GRIDS else tuned_rate(rows, TASK, "lora", rank, short)
+        rate = tuned_rate(rows, TASK, "lora", rank, short) if ends and rank not in GRIDS else None
         runs += [] if rate is None else [about | {"method": "lora", "size": rank, "rate": rate, "seed": 0}]
     runs += seeds_of(rows, method="full", size=None, **about)
     runs += seeds_of(rows, method="lora", size=RANK, **about)
@@ -98,14 +99,13 @@ def how_low(rows: Iterable[Mapping], short: int = STEPS) -> list[dict]:
 
 
 def tuned(rows: Iterable[Mapping], short: int = STEPS) -> list[Mapping]:
-    """The rows that are measured on test: every method and size at its tuned rate, all seeds; and `how_low`'s."""
+    """The rows that are measured on test: every method and size at its tuned rate, all seeds."""
     rows = list(rows)
     rates = {
         (method, size): tuned_rate(rows, TASK, method, size, short)
         for method, size in dict.fromkeys((row["method"], row["size"]) for row in rows)
     }
-    low = {name_of(run) for run in how_low(rows, short)}
-    return [row for row in rows if row["rate"] == rates[row["method"], row["size"]] or name_of(row) in low]
+    return [row for row in rows if row["rate"] == rates[row["method"], row["size"]]]
 
 
 # ---- one run -------------------------------------------------------------------------------------------------
@@ -226,11 +226,11 @@ def tested(run: Mapping, folder: Path) -> dict:
 
 
 def measured(found: Tensor, groups: Tensor) -> dict:
-    """ "all": `figures` of the whole pool; "third": those of every third pair's; "pool_500": the mean reciprocal
-    rank in pools of POOL pairs; "ranks": the place of the right source for each pair."""
+    """ "all": `figures` of the whole pool; "quarter": those of every fourth pair's; "pool_500": the mean
+    reciprocal rank in pools of POOL pairs; "ranks": the place of the right source for each pair."""
     return {
         "all": figures(found, groups),
-        "third": figures(found[THIRD, THIRD], groups[THIRD]),
+        "quarter": figures(found[QUARTER, QUARTER], groups[QUARTER]),
         "pool_500": round(retrieval.in_pools(found, groups, POOL), 4),
         "ranks": retrieval.ranks(found, groups, groups).tolist(),
     }
@@ -244,8 +244,9 @@ def kind_of(name: str) -> str | None:
 def cut(run: Mapping, folder: Path) -> dict:
     """What a full tuning's ΔW is made of; biases, norms and positions keep all of theirs.
 
-    "cut": r → `figures` on a third of test with every ΔW cut to r; "one_kind_cut": kind → r → with that kind alone cut
-    (seed 0); "spectra": kind → `spectrum_of`; "sizes": kind → ‖ΔW‖/‖W‖ by layer; "sigma": name of the matrix → σ.
+    "quarter": `figures` of the whole ΔW, "cut": r → those with every ΔW cut to it, both on a quarter of test;
+    "one_kind_cut": kind → r → with that kind alone cut (seed 0); "spectra": kind → `spectrum_of`; "sizes": kind →
+    ‖ΔW‖/‖W‖ by layer; "sigma": name of the matrix → σ.
     Read if it is there: folder/NAME.cut.json.
     """
     path = folder / f"{name_of(run)}.cut.json"
@@ -263,10 +264,11 @@ def cut(run: Mapping, folder: Path) -> dict:
             for name, part in parts.items()
             if kind_of(name) in kinds
         }
-        return figures(*scores(_moved(model, W, delta | low), "test", THIRD))
+        return figures(*scores(_moved(model, W, delta | low), "test", QUARTER))
 
     of_kind = lambda kind: [(parts[name].S, W[name]) for name in parts if kind_of(name) == kind]
     row = {
+        "quarter": figures(*scores(_moved(model, W, delta), "test", QUARTER)),
         "cut": {str(r): cut_to(r, KINDS) for r in (CUT_AGAIN if run["seed"] else CUT_TO)},
         "spectra": {kind: spectrum_of(of_kind(kind)) for kind in KINDS},
         "sizes": {kind: [float(f"{S.norm() / w.norm():.3g}") for S, w in of_kind(kind)] for kind in KINDS},
@@ -288,7 +290,7 @@ def without_tuning() -> list[dict]:
     none = about | {"method": "none"} | measured(*scores(model, "test"))
     none |= {"validation": on_validation["loss"], "validation_mrr": on_validation["mrr"]}
     words = measured(counted, retrieval.groups_of(test))
-    for name in ("all", "third"):
+    for name in ("all", "quarter"):
         words[name]["loss"] = None  # its scores are no cosines
     return [none, about | {"method": "bm25"} | words | {"validation": None}]
 
@@ -305,7 +307,8 @@ def record_all(
     """
     stages = {"encoder": wanted}
     rows = list(record_stage("encoder", [], folder, processes, tell, short=steps, stages=stages, do=record))
-    rows = [json.loads((folder / f"{name_of(run)}.json").read_text("utf-8")) for run in _asked(rows, steps)]
+    by_name = {name_of(row): row for row in rows}
+    rows = [by_name[name] for name in dict.fromkeys(name_of(run) for run in wanted(rows, steps))]
     low = [name_of(run) for run in how_low(rows, steps)]
     jobs = [(tested, row) for row in tuned(rows, steps)]
     jobs += [(cut, row) for name in low for row in rows if name_of(row) == name]
@@ -317,11 +320,6 @@ def record_all(
         row |= found.get(name_of(row), {})
         row["test"] = row["all"]["loss"] if "all" in row else None
     return [*_in_a_process(without_tuning), *rows]
-
-
-def _asked(rows: list[dict], steps: int) -> list[dict]:
-    """The runs that the finished rows ask for, each once, in order."""
-    return list({name_of(run): run for run in wanted(rows, steps)}.values())
 
 
 def _side_by_side(

@@ -289,7 +289,7 @@ assert min(row["all"]["mrr"] for key in (("lora", RANK), ("full", None)) for row
 
 # %%
 explore.predict(
-    "LoRA of rank 1 on all matrices trains 73 000 numbers, a third of a percent. How much of rank 8's gain does it reach?",
+    "LoRA of rank 1 on all matrices trains 73 000 numbers, a quarter of a percent. How much of rank 8's gain does it reach?",
     {
         "less than half": "So it was not even in TinyLM, whose task was much farther from what it knew.",
         "most of it": "PREDICT-RANK",
@@ -426,7 +426,7 @@ trained = gain_trained(runs, untuned, tuned["full", None][0])
 explore.how_low(cuts, trained, untuned, spectra, tiny)
 
 # %%
-print("share of the gain in nats (and in mean reciprocal rank) that stays, third of the test pairs")
+print("share of the gain in nats (and in mean reciprocal rank) that stays, quarter of the test pairs")
 for (how, seed), row in sorted(cut_runs.items()):
     in_nats, in_ranks = gain_kept(row, untuned), gain_kept(row, untuned, "mrr")
     cells = "  ".join(f"r = {r}: {in_nats[r]:.2f} ({in_ranks[r]:.2f})" for r in in_nats if r in (1, 8, 64))
@@ -444,9 +444,9 @@ print("LoRA trained    " + "  ".join(f"r = {r}: {share:.2f}" for r, share in tra
 # %%
 figure, panels = plots.subplots(1, 2, size=(7.2, 3.2), sharey=True)
 for axes, (name, row) in zip(panels, cuts.items(), strict=True):
-    gain = untuned["third"]["loss"] - row["third"]["loss"]
+    gain = untuned["quarter"]["loss"] - row["quarter"]["loss"]
     lost = {
-        kind: {f"r = {r}": (found["loss"] - row["third"]["loss"]) / gain for r, found in by_rank.items()}
+        kind: {f"r = {r}": (found["loss"] - row["quarter"]["loss"]) / gain for r, found in by_rank.items()}
         for kind, by_rank in row["one_kind_cut"].items()
     }
     plots.paired_bars(axes, lost, xlabel="share of the gain lost", title=name)

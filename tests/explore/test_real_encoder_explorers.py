@@ -10,7 +10,7 @@ from lora_edu.explore import how_low, rank_and_matrices, search_box
 from lora_edu.explore.real_encoder import LOOKS, NAMES, gain_kept, gain_trained, middle_layer
 from lora_edu.recording.encoder import KINDS, TARGETS, kind_of
 
-NONE = {"method": "none", "validation": 2.0, "all": {"mrr": 0.55}, "third": {"loss": 2.0, "mrr": 0.6}}
+NONE = {"method": "none", "validation": 2.0, "all": {"mrr": 0.55}, "quarter": {"loss": 2.0, "mrr": 0.6}}
 BM25 = {"method": "bm25", "all": {"mrr": 0.4}}
 
 
@@ -22,7 +22,7 @@ def row(method, size, rate, loss, seed=0, trained=70_000):
         "validation": loss,
         "test": loss,
         "all": found,
-        "third": {"loss": loss, "mrr": 1 - loss / 5},
+        "quarter": {"loss": loss, "mrr": 1 - loss / 5},
     }
 
 
@@ -40,7 +40,7 @@ ROWS = [
 
 def cut_row(losses):
     cuts = {str(r): {"loss": loss, "mrr": 0.8 - loss / 10} for r, loss in losses.items()}
-    return {"third": {"loss": 1.0, "mrr": 0.7}, "cut": cuts}
+    return {"quarter": {"loss": 1.0, "mrr": 0.7}, "cut": cuts}
 
 
 CUTS = {

@@ -59,7 +59,7 @@ def test_every_grid_grows_until_its_best_lies_inside_then_come_seeds_and_the_two
     low = {(run["rate"], run["seed"]) for run in encoder.how_low(rows)}
     assert low == {(float(f"{full * factor:.3g}"), seed) for factor in (0.25, 2) for seed in (0, 1)}
     assert low <= {(row["rate"], row["seed"]) for row in rows if row["method"] == "full"}
-    assert len(encoder.tuned(rows)) == len(encoder.RANKS) + 2 + 3 + 3 + 4
+    assert len(encoder.tuned(rows)) == len(encoder.RANKS) + 2 + 3 + 3
 
 
 @pytest.fixture
@@ -120,9 +120,10 @@ def test_a_cut_to_the_full_rank_changes_nothing_and_to_none_leaves_biases_and_no
     run = run_of("full", None, 3e-3)
     encoder.record(run, small)
     row, tested = encoder.cut(run, small), encoder.tested(run, small)
-    assert row["cut"]["16"] == row["cut"]["64"] == pytest.approx(tested["third"], abs=1e-3)
-    untuned = encoder.measured(*encoder.scores(hub.load_encoder().model, "test"))["third"]["loss"]
-    assert tested["third"]["loss"] < row["cut"]["0"]["loss"] != untuned
+    assert row["cut"]["16"] == row["cut"]["64"] == pytest.approx(tested["quarter"], abs=1e-3)
+    assert row["quarter"] == pytest.approx(tested["quarter"], abs=1e-3)
+    untuned = encoder.measured(*encoder.scores(hub.load_encoder().model, "test"))["quarter"]["loss"]
+    assert tested["quarter"]["loss"] < row["cut"]["0"]["loss"] != untuned
     assert list(row["one_kind_cut"]) == list(encoder.KINDS) == list(row["spectra"])
     assert {kind: len(sizes) for kind, sizes in row["sizes"].items()} == dict.fromkeys(encoder.KINDS, 2) | {
         "words": 1
