@@ -24,6 +24,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 import time
 
 import torch
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 
 from lora_edu import explore, plots, retrieval
 from lora_edu.data import load_encoder_runs, load_encoder_spectra, load_regimes
-from lora_edu.data.hub import ENCODER, load_encoder, quiet
+from lora_edu.data.hub import ENCODER, load_encoder
 from lora_edu.data.published import PublishedError
 from lora_edu.data.runs import method_grid, method_runs
 from lora_edu.exercises import chapter_11 as exercises
@@ -40,7 +41,7 @@ from lora_edu.explore.deltas import share_kept
 from lora_edu.explore.real_encoder import NAMES, called, gain_kept, gain_trained, middle_layer
 from lora_edu.lora import add_lora, lora_layers, save_adapter
 from lora_edu.paths import user_folder
-from lora_edu.recording.encoder import BATCH, KINDS, RANK, STEPS, TARGETS, kind_of
+from lora_edu.recording.encoder import BATCH, RANK, STEPS, TARGETS, kind_of
 from lora_edu.recording.methods import name_of
 from lora_edu.resampling import paired_bootstrap
 from lora_edu.training import fit
@@ -75,7 +76,7 @@ pairs = retrieval.load_pairs()
 for split, some in pairs.items():
     print(f"{split:10} {len(some):5,} pairs from {len({each.module for each in some})} modules")
 for each in pairs["test"][20:1000:400]:
-    print(f"\n{each.summary}\n    {each.source[:200]}".replace("\n", "\n    ", 2))
+    print(f"\n{each.summary}\n{textwrap.indent(each.source[:200], '    ')} …")
 assert len(pairs["test"]) >= 1_500 and len(pairs["train"]) >= 2_000
 
 # %% [markdown]
@@ -141,8 +142,8 @@ else:
 
 # %%
 explore.predict(
-    "The encoder was trained on a billion pairs of sentences, hardly any of them code. BM25 counts words. Which has the higher "
-    "mean reciprocal rank?",
+    "The encoder was trained on a billion pairs of sentences; one in a thousand was a comment with its code. BM25 counts words. "
+    "Which has the higher mean reciprocal rank?",
     {
         "BM25": "Its words have to be there. A sentence says 'delete', the function says 'remove' or 'unlink'.",
         "the encoder": "Yes, and clearly so, though a source is no sentence. See the next cell.",
@@ -289,7 +290,7 @@ assert min(row["all"]["mrr"] for key in (("lora", RANK), ("full", None)) for row
 
 # %%
 explore.predict(
-    "LoRA of rank 1 on all matrices trains 73 000 numbers, a quarter of a percent. How much of rank 8's gain does it reach?",
+    "LoRA of rank 1 on all matrices trains 73 000 numbers, a third of a percent. How much of rank 8's gain does it reach?",
     {
         "less than half": "So it was not even in TinyLM, whose task was much farther from what it knew.",
         "most of it": "PREDICT-RANK",
