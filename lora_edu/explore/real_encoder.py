@@ -3,6 +3,7 @@
 Each slider's pictures are made from recorded rows; the search box asks the kernel for a reader's own sentence.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
@@ -163,8 +164,8 @@ def how_low(
             [100 * key / width for key in above(share)],
             list(above(share).values()),
         )
-        for name, share in small.items():
-            left.plot(*place(share, 100), "--", color=plots.GREY, linewidth=1, label=name)
+        for (name, share), line in zip(small.items(), itertools.cycle(("--", ":", "-.")), strict=False):
+            left.plot(*place(share, 100), line, color=plots.GREY, linewidth=1.2, label=name)
         for name, share in shares.items():
             if name != run:
                 left.plot(*place(share, WIDTH), color="#d0d0d0")

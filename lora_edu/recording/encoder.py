@@ -30,7 +30,7 @@ from lora_edu.training import fit
 from lora_edu.tuning import trained_parameters
 
 TASK = "functions"
-STEPS, BATCH = 24, 64
+STEPS, LONG, BATCH = 24, 96, 64
 ATTENTION = ("query", "key", "value", "attention.output.dense")
 MLP = ("intermediate.dense", re.compile(r"encoder\.layer\.\d+\.output\.dense"))
 WORDS = ("word_embeddings",)
@@ -64,10 +64,10 @@ _KINDS = {  # how a matrix's name ends → its kind
 # ---- which runs ----------------------------------------------------------------------------------------------
 
 
-def wanted(rows: Iterable[Mapping], short: int = STEPS, long: int = 0) -> list[dict]:
+def wanted(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -> list[dict]:
     """Grids of rates for three ranks, full tuning, and each choice of matrices, until every best lies between others;
     the other ranks at rates between; three seeds of LoRA at RANK and of full tuning; full tuning's gentlest and
-    steepest rate with a second seed."""
+    steepest rate with a second seed; LoRA at RANK once with four times the steps, at the same rate."""
     rows, about = list(rows), {"task": TASK, "steps": short}
     runs = grid(rows, FULL, range(-1, 2), method="full", size=None, **about)
     for rank, middle in GRIDS.items():
@@ -80,6 +80,8 @@ def wanted(rows: Iterable[Mapping], short: int = STEPS, long: int = 0) -> list[d
     for rank in RANKS:
         rate = tuned_rate(rows, TASK, "lora", rank, short) if ends and rank not in GRIDS else None
         runs += [] if rate is None else [about | {"method": "lora", "size": rank, "rate": rate, "seed": 0}]
+    if found is not None:
+        runs.append(about | {"method": "lora", "size": RANK, "rate": found, "seed": 0, "steps": long})
     runs += seeds_of(rows, method="full", size=None, **about)
     runs += seeds_of(rows, method="lora", size=RANK, **about)
     return runs + how_low(rows, short)
@@ -299,16 +301,20 @@ def without_tuning() -> list[dict]:
 
 
 def record_all(
-    folder: Path, steps: int = STEPS, processes: int = 2, tell: Callable[[str], None] = print
+    folder: Path,
+    steps: int = STEPS,
+    long: int = LONG,
+    processes: int = 2,
+    tell: Callable[[str], None] = print,
 ) -> list[dict]:
     """Every row: the untuned encoder, BM25, every run; of the tuned ones what `tested` and `cut` found, too.
 
     `processes` at a time with one thread each. Stopped, it goes on from there.
     """
     stages = {"encoder": wanted}
-    rows = list(record_stage("encoder", [], folder, processes, tell, short=steps, stages=stages, do=record))
+    rows = list(record_stage("encoder", [], folder, processes, tell, steps, long, stages=stages, do=record))
     by_name = {name_of(row): row for row in rows}
-    rows = [by_name[name] for name in dict.fromkeys(name_of(run) for run in wanted(rows, steps))]
+    rows = [by_name[name] for name in dict.fromkeys(name_of(run) for run in wanted(rows, steps, long))]
     low = [name_of(run) for run in how_low(rows, steps)]
     jobs = [(tested, row) for row in tuned(rows, steps)]
     jobs += [(cut, row) for name in low for row in rows if name_of(row) == name]

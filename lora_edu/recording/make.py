@@ -103,7 +103,15 @@ CONSTANTS: dict[str, tuple] = {
     "methods_far": (methods.CONTEXT, methods.BATCH),
     "encoder": (
         published.PUBLISHED[published.ENCODER].requirement,
-        (encoder.STEPS, encoder.BATCH, encoder.RANKS, encoder.RANK, encoder.GRIDS, encoder.FULL),
+        (
+            encoder.STEPS,
+            encoder.LONG,
+            encoder.BATCH,
+            encoder.RANKS,
+            encoder.RANK,
+            encoder.GRIDS,
+            encoder.FULL,
+        ),
         (encoder.CUT_TO, encoder.KIND_RANKS, encoder.POOL),
     ),
 }
@@ -471,7 +479,8 @@ class Maker:
         published.fetch(published.ENCODER)
         folder = self.work / "encoder" / constants_of("encoder")
         with tqdm(desc="encoder", leave=False) as bar:
-            rows = encoder.record_all(folder, self.steps(encoder.STEPS), tell=lambda text: bar.update())
+            steps, long = self.steps(encoder.STEPS), self.steps(encoder.LONG)
+            rows = encoder.record_all(folder, steps, long, tell=lambda text: bar.update())
         return self.write_encoder(rows)
 
     def write_encoder(self, rows: list[dict]) -> dict:

@@ -433,8 +433,12 @@ cut_runs = {
 cuts = {f"{how}, rate {cut_runs[how, 0]['rate']:g}": cut_runs[how, 0] for how in ("gentle", "steep")}
 spectra = {name: middle_layer(load_encoder_spectra()[name_of(row)], kind_of) for name, row in cuts.items()}
 tiny = {
-    f"TinyLM, {how}": share_kept(load_regimes(task="far", method="full", rate=rate, steps=100, seed=0)[0])
-    for how, rate in (("gentle", 1e-3), ("steep", 6e-3))
+    f"TinyLM, {name}": share_kept(load_regimes(method="full", steps=100, seed=0, **run)[0])
+    for name, run in {
+        "far, gentle": {"task": "far", "rate": 1e-3},
+        "far, steep": {"task": "far", "rate": 6e-3},
+        "near": {"task": "near", "rate": 1e-3},
+    }.items()
 }
 trained = gain_trained(runs, untuned, tuned["full", None][0])
 explore.how_low(cuts, trained, untuned, spectra, tiny)
@@ -445,10 +449,10 @@ for (how, seed), row in sorted(cut_runs.items()):
     in_nats, in_ranks = gain_kept(row, untuned), gain_kept(row, untuned, "mrr")
     cells = "  ".join(f"r = {r}: {in_nats[r]:.2f} ({in_ranks[r]:.2f})" for r in in_nats if r in (1, 8, 64))
     size = row["spectra"]["query"]["size"]
-    print(f"{how:6} seed {seed}  {cells}  ‖ΔW‖/‖W‖ of the queries {size:.3f}")
+    print(f"{how:6} seed {seed}         {cells}  ‖ΔW‖/‖W‖ of the queries {size:.3f}")
 for how, share in tiny.items():
-    print(f"{how:14}  " + "  ".join(f"r = {r}: {share[r]:.2f}" for r in (1, 8, 64)))
-print("LoRA trained    " + "  ".join(f"r = {r}: {share:.2f}" for r, share in trained.items()))
+    print(f"{how:19}  " + "  ".join(f"r = {r}: {share[r]:.2f}" for r in (1, 8, 64)))
+print(f"{'LoRA trained':19}  " + "  ".join(f"r = {r}: {share:.2f}" for r, share in trained.items()))
 
 # %% [markdown]
 # RESULT-LOW

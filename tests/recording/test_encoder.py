@@ -59,7 +59,7 @@ def test_every_grid_grows_until_its_best_lies_inside_then_come_seeds_and_the_two
     low = {(run["rate"], run["seed"]) for run in encoder.how_low(rows)}
     assert low == {(float(f"{full * factor:.3g}"), seed) for factor in (0.25, 2) for seed in (0, 1)}
     assert low <= {(row["rate"], row["seed"]) for row in rows if row["method"] == "full"}
-    assert len(encoder.tuned(rows)) == len(encoder.RANKS) + 2 + 3 + 3
+    assert len(encoder.tuned(rows)) == len(encoder.RANKS) + 2 + 3 + 3 + 1
 
 
 @pytest.fixture
