@@ -153,6 +153,30 @@ def load_variants(**settings) -> list[dict]:
     return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
 
 
+def load_encoder_runs(**settings) -> list[dict]:
+    """The rows of data/encoder.json with the given settings (`method="lora"`, `size=8`, `seed=0`, …): a sentence
+    encoder tuned to find functions of the standard library.
+
+    A row: task, method ("lora" on all matrices, "lora attention", "lora MLP", "lora words", "full"; "none": untuned;
+    "bm25"), size (r), rate, steps, seed, trained (numbers), validation (nats a query; None where it blew up). Of tuned
+    rows "all", "quarter" and "pool_500", what they find of the test pairs, and "ranks", the place of each. Of full
+    tuning at a gentle and a steep rate "cut": r → the same with every ΔW cut to it, on a quarter of the test pairs;
+    "one_kind_cut", "spectra" and "sizes".
+    `lora_edu.recording.encoder` made them; `lora_edu.data.runs` finds the tuned ones.
+    """
+    rows = json.loads(data_file("encoder.json").read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
+
+
+def load_encoder_spectra() -> dict[str, dict[str, torch.Tensor]]:
+    """Name of a run of `load_encoder_runs` that was cut → matrix → its singular values, largest first."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, sigma in load_safetensors(data_file("encoder_spectra.safetensors").read_bytes()).items():
+        run, _, matrix = key.rpartition("/")
+        found.setdefault(run, {})[matrix] = sigma.float()
+    return found
+
+
 def load_deltas() -> dict:
     """What `lora_edu.recording.deltas` found after short tunings: "another text", "planted with labels"."""
     return json.loads(data_file("deltas.json").read_text(encoding="utf-8"))

