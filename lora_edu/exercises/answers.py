@@ -41,6 +41,28 @@ def no_function(k: int, answer: object, arguments: str, hint: str) -> str | None
     return None
 
 
+def tried(
+    k: int, answer: Callable, call: str, *arguments: object, longest: int | None = None
+) -> tuple[object, str]:
+    """(what exercise k's function gives for these arguments, ""), or (None, what to say) where it raises something.
+
+    call: how it reads in a sentence, "with W of 3 × 4". longest: characters of the error's message that are shown.
+    """
+    try:
+        return answer(*arguments), ""
+    except Exception as error:
+        told = f"{type(error).__name__}: {str(error)[:longest]}"
+        return None, f"Exercise {k}: not yet: {call} it raises {told}"
+
+
+def in_words(value: object) -> str:
+    """What somebody returned, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
 def normal(*shapes: tuple[int, ...]) -> list[Tensor]:
     """Tensors of these shapes in float64, drawn anew at each call."""
     return [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
@@ -67,10 +89,9 @@ def measured_merge(
     W = W.to(dtype)
     update *= size * W.float().norm() / update.norm()
     before, call = W.clone(), f"with W in {str(dtype)[6:]} and ‖ΔW‖ = {size:g} ‖W‖"
-    try:
-        got = answer(W, update.clone())
-    except Exception as error:
-        return W, update, call, f"Exercise {k}: not yet: {call} it raises {type(error).__name__}: {error}"
+    got, problem = tried(k, answer, call, W, update.clone())
+    if problem:
+        return W, update, call, problem
     if not torch.equal(W, before):
         return W, update, call, f"Exercise {k}: not yet: it changes the weight it was given."
     wrong = f"Exercise {k}: not yet: {call} the answer is one number; got {shown(got)}."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_edu import counting
-from lora_edu.exercises.answers import no_function
+from lora_edu.exercises.answers import no_function, tried
 from lora_edu.tinylm import TinyLM
 
 DRAWN = 20  # cases drawn at each check
@@ -66,10 +66,9 @@ def check_04_2(answer: object) -> str:
         ("W_q and W_k of grouped queries", _grouped(), ("q_proj", "k_proj"), random.randint(2, 4)),
     ):
         before = _described(model)
-        try:
-            got = answer(model, names, rank)
-        except Exception as error:
-            return f"Exercise 2: not yet: on {what} it raises {type(error).__name__}: {error}"
+        got, problem = tried(2, answer, f"on {what}", model, names, rank)
+        if problem:
+            return problem
         if _described(model) != before:
             return f"Exercise 2: not yet: it changes the model ({what}). Count, and leave the model as it is."
         chosen = [layer for name, layer in model.named_modules() if name.rpartition(".")[2] in names]

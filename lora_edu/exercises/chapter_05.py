@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lora_edu.exercises.answers import measured_merge, no_function, normal, real, same
+from lora_edu.exercises.answers import measured_merge, no_function, normal, real, same, tried
 
 OUT, IN = 6, 5  # of the small layers that the functions are tried on
 STEPS = 25
@@ -90,10 +90,9 @@ def check_05_2(answer: object) -> str:
     for rank, wider, alpha in ((2, 4, 16.0), (1, 3, 4.0), (2, 5, 3.0)):
         A, B = normal((rank, IN), (OUT, rank))
         call = f"from r = {rank}, alpha = {alpha:g} to r = {wider}"
-        try:
-            got = answer(A.clone(), B.clone(), alpha, wider)
-        except Exception as error:
-            return f"Exercise 2: not yet: {call} it raises {type(error).__name__}: {error}"
+        got, problem = tried(2, answer, call, A.clone(), B.clone(), alpha, wider)
+        if problem:
+            return problem
         if not isinstance(got, tuple | list) or len(got) != 3:
             return f"Exercise 2: not yet: widen must return three things, (A, B, alpha); got {got!r}."
         matrices = _tensors(got[:2])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_edu import counting
-from lora_edu.exercises.answers import judge, no_function, normal, real, same
+from lora_edu.exercises.answers import in_words, judge, no_function, normal, real, same, tried
 from lora_edu.tinylm import TinyLM
 
 MODEL, TOKENS = "Llama-3.2-3B", 50  # exercise 4
@@ -47,7 +47,7 @@ def check_08_1(answer: object) -> str:
         if isinstance(got, str) or not all(isinstance(each, str) and each in known for each in names):
             return (
                 f"Exercise 1: not yet: {call} the answer is a list of names of parameters, such as 'norm.bias'; got "
-                f"{_shown(got)}."
+                f"{in_words(got)}."
             )
         if problem := _bias_problem(set(names), known):
             return f"Exercise 1: not yet: {call} {problem}"
@@ -80,14 +80,13 @@ def check_08_2(answer: object) -> str:
     for time, k, d in ((6, 3, 4), (5, 1, 9)):
         q, K, V, P_K, P_V = normal(*[(time, d)] * 3, *[(k, d)] * 2)
         call = f"with {time} tokens of text, {k} in the prefix and heads of {d}"
-        try:
-            got = answer(*(each.clone() for each in (q, K, V, P_K, P_V)))
-        except Exception as error:
-            return f"Exercise 2: not yet: {call} it raises {type(error).__name__}: {error}"
+        got, problem = tried(2, answer, call, *(each.clone() for each in (q, K, V, P_K, P_V)))
+        if problem:
+            return problem
         if not isinstance(got, Tensor) or got.shape != (time, d):
             return (
                 f"Exercise 2: not yet: {call} the answer is a tensor ({time}, {d}), a row for each token of the text; "
-                f"got {_shown(got)}."
+                f"got {in_words(got)}."
             )
         if problem := _attention_problem(got, q, K, V, P_K, P_V):
             return f"Exercise 2: not yet: {call}: {problem}"
@@ -139,12 +138,13 @@ def check_08_3(answer: object) -> str:
     for out, inside in ((6, 6), (8, 5)):
         W, b, l_in, l_out = normal((out, inside), (out,), (inside,), (out,))
         call = f"with W of {out} × {inside}"
-        try:
-            got = answer(W.clone(), b.clone(), l_in.clone(), l_out.clone())
-        except Exception as error:
-            return f"Exercise 3: not yet: {call} it raises {type(error).__name__}: {error}"
+        got, problem = tried(3, answer, call, *(each.clone() for each in (W, b, l_in, l_out)))
+        if problem:
+            return problem
         if not isinstance(got, tuple | list) or len(got) != 2 or not all(isinstance(m, Tensor) for m in got):
-            return f"Exercise 3: not yet: fold must return a matrix and a bias, (W', b'); got {_shown(got)}."
+            return (
+                f"Exercise 3: not yet: fold must return a matrix and a bias, (W', b'); got {in_words(got)}."
+            )
         folded, bias = got
         if folded.shape != W.shape or bias.shape != b.shape:
             return (
@@ -229,7 +229,9 @@ def check_08_5(answer: object) -> str:
         except Exception as error:
             return f"Exercise 5: not yet: with points {points} it raises {type(error).__name__}: {error}"
         if isinstance(got, str) or not names <= set(points):
-            return f"Exercise 5: not yet: the answer is a list or set of names of points; got {_shown(got)}."
+            return (
+                f"Exercise 5: not yet: the answer is a list or set of names of points; got {in_words(got)}."
+            )
         if problem := _front_problem(names, points):
             return f"Exercise 5: not yet: with {points} it gives {sorted(names)}: {problem}"
     return (
@@ -279,7 +281,7 @@ def check_08_6(answer: object) -> str:
             return f"Exercise 6: not yet: it raises {type(error).__name__}: {error}"
         value, right = real(got), _share(x, y)
         if value is None:
-            return f"Exercise 6: not yet: the answer is one number; got {_shown(got)}."
+            return f"Exercise 6: not yet: the answer is one number; got {in_words(got)}."
         if abs(value - right) < 1e-9:
             continue
         shown = f"for x = {[round(v, 2) for v in x]}, y = {[round(v, 2) for v in y]} it gives {value:.4g}"
@@ -330,11 +332,3 @@ def _by_formula(x: Sequence[float], y: Sequence[float]) -> float:
         return abs(1 - 6 * apart / (n * (n**2 - 1)))
 
     return sum(strength(order) >= strength(second) for order in permutations(second)) / math.factorial(n)
-
-
-def _shown(value: object) -> str:
-    """What somebody returned, in a few words."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_edu.exercises.answers import no_function, normal, real, same
+from lora_edu.exercises.answers import in_words, no_function, normal, real, same, tried
 from lora_edu.lora import add_lora
 from lora_edu.seeds import pooled, student
 from lora_edu.tinylm import TinyLM
@@ -350,10 +350,9 @@ def _step_problem(A1: Tensor, B1: Tensor, A: Tensor, B: Tensor, G: Tensor, rate:
 def _called(k: int, answer: Callable, call: str, *arguments: object) -> tuple[object, str]:
     """(what came back, what to say where the call raised something or changed what it was given)."""
     copies = [each.clone() if isinstance(each, Tensor) else each for each in arguments]
-    try:
-        got = answer(*copies)
-    except Exception as error:
-        return None, f"Exercise {k}: not yet: {call} it raises {type(error).__name__}: {str(error)[:120]}"
+    got, problem = tried(k, answer, call, *copies, longest=120)
+    if problem:
+        return None, problem
     for given, copy in zip(arguments, copies, strict=True):
         if isinstance(given, Tensor) and not torch.equal(given, copy):
             return None, f"Exercise {k}: not yet: {call} it changes a matrix that it was given."
@@ -361,10 +360,7 @@ def _called(k: int, answer: Callable, call: str, *arguments: object) -> tuple[ob
 
 
 def _shown(value: object) -> str:
-    """What somebody returned, in a few words."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
+    """What somebody returned, in a few words; of several tensors their shapes."""
     if isinstance(value, tuple | list) and value and all(isinstance(each, Tensor) for each in value):
         return f"tensors {', '.join(str(tuple(each.shape)) for each in value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return in_words(value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_edu import counting, lowrank
-from lora_edu.exercises.answers import judge, measured_merge, no_function, normal, real, same
+from lora_edu.exercises.answers import in_words, judge, measured_merge, no_function, normal, real, same, tried
 from lora_edu.lora import choose_ranks
 
 OUT, IN = 9, 7  # of the small layers that the functions are tried on
@@ -27,12 +27,11 @@ def check_10_1(answer: object) -> str:
             (*normal((OUT, r), (r, IN)), s) for r, s in zip(ranks, scalings, strict=True)
         ]  # (B, A, s) of each
         call = f"with {len(parts)} adapters of ranks {ranks}, to rank {rank}"
-        try:
-            got = answer([(B.clone(), A.clone(), s) for B, A, s in parts], rank)
-        except Exception as error:
-            return f"Exercise 1: not yet: {call} it raises {type(error).__name__}: {error}"
+        got, problem = tried(1, answer, call, [(B.clone(), A.clone(), s) for B, A, s in parts], rank)
+        if problem:
+            return problem
         if not isinstance(got, tuple | list) or len(got) != 2 or not all(isinstance(m, Tensor) for m in got):
-            return f"Exercise 1: not yet: average must return two matrices, (B, A); got {_shown(got)}."
+            return f"Exercise 1: not yet: average must return two matrices, (B, A); got {in_words(got)}."
         B, A = got
         if B.shape != (OUT, rank) or A.shape != (rank, IN):
             return (
@@ -79,10 +78,9 @@ def check_10_2(answer: object) -> str:
         S = torch.tensor([4.0, 3.0, 2.5, 1.5, 1.0, 0.5], dtype=torch.float64)
         (mix,) = normal((6, 6))
         B, A = U * S @ mix, torch.linalg.solve(mix, V.T)
-        try:
-            got = answer(B.clone(), A.clone(), share)
-        except Exception as error:
-            return f"Exercise 2: not yet: at {share:.0%} it raises {type(error).__name__}: {error}"
+        got, problem = tried(2, answer, f"at {share:.0%}", B.clone(), A.clone(), share)
+        if problem:
+            return problem
         right = _first(S.square(), share)
         number = _number(got)
         if number == right:
@@ -96,7 +94,7 @@ def check_10_2(answer: object) -> str:
             _first(S, share): "that sums σ. Energy is Σσ²; Σσ is the nuclear norm.",
         }
         why = wrongs.get(number, f"Hint: {hint}") if number is not None else "the answer is one whole number."
-        return f"Exercise 2: not yet: for {share:.0%} of the energy it gives {_shown(got)}: {why}"
+        return f"Exercise 2: not yet: for {share:.0%} of the energy it gives {in_words(got)}: {why}"
     return (
         "Exercise 2: right. The gauge between B and A changes their own singular values, and not those of BA."
     )
@@ -127,10 +125,10 @@ def check_10_3(answer: object) -> str:
             return f"Exercise 3: not yet: it raises {type(error).__name__}: {error}"
         if not isinstance(got, Mapping) or set(got) != set(sides):
             names = ", ".join(sides)
-            return f"Exercise 3: not yet: return a dictionary with a rank for each of {names}; got {_shown(got)}."
+            return f"Exercise 3: not yet: return a dictionary with a rank for each of {names}; got {in_words(got)}."
         ranks = {name: _number(rank) for name, rank in got.items()}
         if None in ranks.values():
-            return f"Exercise 3: not yet: each rank is a whole number; got {_shown(dict(got))}."
+            return f"Exercise 3: not yet: each rank is a whole number; got {in_words(dict(got))}."
         if problem := _spend_problem(ranks, spectra, sides, budget):
             return f"Exercise 3: not yet: {problem}"
     return "Exercise 3: right, and the most energy for the budget. Section 2 says what that is not: the lowest loss."
@@ -184,7 +182,7 @@ def check_10_4(answer: object) -> str:
     if refused := no_function(4, answer, "W, update", hint):
         return refused
     for dtype, size in ((torch.bfloat16, 0.003), (torch.float16, 0.0003), (torch.bfloat16, 0.1)):
-        W, update, call, value = measured_merge(4, answer, (60, 50), dtype, size, _shown)
+        W, update, call, value = measured_merge(4, answer, (60, 50), dtype, size, in_words)
         if isinstance(value, str):
             return value
         changed = ((W.float() + update).to(dtype).float() - W.float()).double()
@@ -221,14 +219,13 @@ def check_10_5(answer: object) -> str:
     for rows in ([1, 0, 1, 2], [-1, 2, 0, -1, 2], [-1, -1]):
         x, A, B = normal((len(rows), 3, IN), (3, 2, IN), (3, OUT, 2))
         call = f"with rows {rows}"
-        try:
-            got = answer(x.clone(), A.clone(), B.clone(), list(rows))
-        except Exception as error:
-            return f"Exercise 5: not yet: {call} it raises {type(error).__name__}: {error}"
+        got, problem = tried(5, answer, call, x.clone(), A.clone(), B.clone(), list(rows))
+        if problem:
+            return problem
         if not isinstance(got, Tensor) or got.shape != (len(rows), 3, OUT):
             return (
                 f"Exercise 5: not yet: {call} the answer is a tensor ({len(rows)}, 3, {OUT}), a row for each row of x; "
-                f"got {_shown(got)}."
+                f"got {in_words(got)}."
             )
         each = torch.stack([x @ A[g].T @ B[g].T for g in range(3)])  # (3, rows, 3, OUT)
         right = torch.stack([each[g, i] if g >= 0 else 0 * each[0, i] for i, g in enumerate(rows)])
@@ -278,11 +275,3 @@ def _number(value: object) -> int | None:
     """A whole number, None for anything else."""
     number = real(value)
     return int(number) if number is not None and number == int(number) else None
-
-
-def _shown(value: object) -> str:
-    """What somebody returned, in a few words."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
