@@ -931,9 +931,8 @@ def rate_panels(
                 went, [losses[rate] for rate in went], color=colour, marker=".", linewidth=1.1, label=name
             )
             lost = [rate for rate in tried if losses[rate] is None]
-            at_the_top = (
-                axes.get_xaxis_transform()
-            )  # in shares of the panel's height, whatever the losses are
+            # in shares of the panel's height, whatever the losses are
+            at_the_top = axes.get_xaxis_transform()
             axes.plot(lost, [0.96] * len(lost), "x", color=colour, transform=at_the_top)
             best = min(went, key=losses.get)
             edge = best in (tried[0], tried[-1])

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from lora_edu.data.functions import Function, load_functions
 
-LONGEST = (
-    64  # tokens of a text that are read: with 128 the untuned encoder finds no more, and takes twice the time
-)
+# tokens of a text that are read: with 128 the untuned encoder finds no more, and takes twice the time
+LONGEST = 64
 SCALE = 20.0  # 1 / temperature, as in sentence-transformers' MultipleNegativesRankingLoss
 _HELD_BACK = 8  # every eighth module of the training split is for validation
 
@@ -100,10 +99,14 @@ def contrastive_loss(queries: Tensor, documents: Tensor, groups: Tensor, scale: 
             f"queries and documents must be (n, width) and groups (n,); got {tuple(queries.shape)}, "
             f"{tuple(documents.shape)} and {tuple(groups.shape)}"
         )
-    scores = scale * queries @ documents.T
+    return _of_logits(scale * queries @ documents.T, groups)
+
+
+def _of_logits(logits: Tensor, groups: Tensor) -> Tensor:
+    """The loss of logits (n, n), a query a row, with the other documents of the query's group left out of its sum."""
     same = (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
     return F.cross_entropy(
-        scores.masked_fill(same, -math.inf), torch.arange(len(queries), device=scores.device)
+        logits.masked_fill(same, -math.inf), torch.arange(len(logits), device=logits.device)
     )
 
 
@@ -185,8 +188,7 @@ def in_pools(scores: Tensor, groups: Tensor, size: int, draws: int = 20, seed: i
 
 def pool_loss(scores: Tensor, groups: Tensor, scale: float = SCALE) -> float:
     """Nats a query: `contrastive_loss` over a whole pool, of cosines (n, n). Smoother than ranks are."""
-    same = (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool)
-    return float(F.cross_entropy((scale * scores).masked_fill(same, -math.inf), torch.arange(len(groups))))
+    return float(_of_logits(scale * scores, groups))
 
 
 # ---- without a model -----------------------------------------------------------------------------------------

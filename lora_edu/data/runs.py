@@ -179,7 +179,23 @@ def around(runs: Mapping[int, Mapping], level: float) -> tuple[int, int]:
     return max(d for d in runs if d < above), above
 
 
-# ---- the methods side by side (data/methods.json) --------------------------------------------------------------
+# ---- the methods and the variants side by side (data/methods.json, data/variants.json) ---------------------------
+
+SHORT = 100  # steps of most of these runs
+# Variant → sizes: the rank, or the one at which a variant trains as many numbers as LoRA at that rank (43 200 at 4,
+# 172 800 at 16). VeRA would need 4 650 for the second. AdaLoRA's is the mean rank that it ends with.
+VARIANT_SIZES: dict[str, tuple[int, ...]] = {
+    "lora": (4, 16),
+    "lora+": (4, 16),
+    "dora": (4, 16),
+    "pissa": (4, 16),
+    "lora-ga": (4, 16),
+    "adalora": (4, 16),
+    "scaled adamw": (4, 16),
+    "muon": (4, 16),
+    "vera": (1050,),
+    "lora-xs": (35, 69),
+}
 
 
 def tuned_method(

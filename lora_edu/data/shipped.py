@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as load_safetensors
 
+from lora_edu.data.runs import SHORT
 from lora_edu.paths import REPOSITORY, expanded, repository
 
 _BACK = "`git checkout -- data` brings it back, or `make data` makes it anew"
@@ -149,7 +150,7 @@ def load_variants(**settings) -> list[dict]:
     "lora+" `rate` is A's, B's is 16 times that. `lora_edu.recording.variants` made them.
     """
     rows = json.loads(data_file("variants.json").read_text(encoding="utf-8"))["rows"]
-    rows = load_methods(method="lora", steps=100) + rows
+    rows = load_methods(method="lora", steps=SHORT) + rows
     return [row for row in rows if all(row.get(key) == value for key, value in settings.items())]
 
 

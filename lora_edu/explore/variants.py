@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lora_edu import plots
-from lora_edu.data.runs import method_grid, method_runs
+from lora_edu.data.runs import SHORT, VARIANT_SIZES, method_grid, method_runs
 from lora_edu.explore.explorer import Explorer
 from lora_edu.seeds import Spread, detectable, interval
 
@@ -28,21 +28,20 @@ NAMES = {
     "vera": "VeRA",
     "lora-xs": "LoRA-XS",
 }
-# Test → task, and the size of each variant there: the rank, or what trains as many numbers as LoRA at that rank.
-RANKS: dict[str, tuple[int, ...]] = dict.fromkeys(NAMES, (4, 16)) | {"vera": (1050,), "lora-xs": (35, 69)}
+# Test → task, and which of a variant's sizes.
 TESTS = {"far task, r = 4": ("far", 0), "far task, r = 16": ("far", 1), "near task, r = 4": ("near", 0)}
-STEPS = 100
 
 
 def size_in(test: str, method: str) -> int | None:
     """A variant's size in a test; None where it takes no part (VeRA has none for the numbers of r = 16)."""
     place = TESTS[test][1]
-    return RANKS[method][place] if place < len(RANKS[method]) else None
+    sizes = VARIANT_SIZES[method]
+    return sizes[place] if place < len(sizes) else None
 
 
 def tuned_in(rows: Iterable[Mapping], test: str) -> dict[str, list[Mapping]]:
     """Variant → its rows at the tuned rate, one a seed; a variant whose rate isn't found is left out."""
-    found = method_runs(rows, TESTS[test][0], STEPS)
+    found = method_runs(rows, TESTS[test][0], SHORT)
     sizes = {method: size_in(test, method) for method in NAMES}
     return {method: found[method, size] for method, size in sizes.items() if (method, size) in found}
 
@@ -54,7 +53,7 @@ def grids_in(
     rows, found = list(rows), {}
     for method in NAMES:
         size = size_in(test, method)
-        tried = method_grid(rows, TESTS[test][0], method, size, STEPS) if size is not None else []
+        tried = method_grid(rows, TESTS[test][0], method, size, SHORT) if size is not None else []
         if tried:
             found[method] = {row["rate"]: row[loss] for row in tried}
     return found

@@ -8,9 +8,8 @@ written is `lora_edu.data.load_encoder_runs`.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from lora_edu.lora import add_lora, lora_layers
 from lora_edu.paths import write_atomically
 from lora_edu.recording.methods import KEYS, grid, name_of, record_stage, seeds_of
 from lora_edu.recording.regimes import spectrum_of
-from lora_edu.recording.run import _one_thread
+from lora_edu.recording.run import workers
 from lora_edu.training import fit
 from lora_edu.tuning import trained_parameters
 
@@ -325,21 +324,17 @@ def record_all(
     for row in rows:
         row |= found.get(name_of(row), {})
         row["test"] = row["all"]["loss"] if "all" in row else None
-    return [*_in_a_process(without_tuning), *rows]
+    with workers(1) as pool:
+        return [*pool.submit(without_tuning).result(), *rows]
 
 
 def _side_by_side(
     jobs: Iterable[tuple[Callable, Mapping]], folder: Path, processes: int
 ) -> Iterator[tuple[str, dict]]:
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_one_thread) as pool:
+    with workers(processes) as pool:
         running = {pool.submit(do, run, folder): name_of(run) for do, run in jobs}
         for done in as_completed(running):
             yield running[done], done.result()
-
-
-def _in_a_process(do: Callable) -> list[dict]:
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_one_thread) as pool:
-        return pool.submit(do).result()
 
 
 def spectra(rows: Iterable[Mapping]) -> bytes:

@@ -7,21 +7,20 @@ regimes.py's. The reader of the rows is `lora_edu.data.load_methods`.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lora_edu.data import corpus
-from lora_edu.data.runs import tuned_rate, validation_loss
+from lora_edu.data.runs import SHORT, tuned_rate, validation_loss
 from lora_edu.lora import add_lora, lora_layers
 from lora_edu.loss import next_token_loss
 from lora_edu.paths import write_atomically
 from lora_edu.recording import regimes
-from lora_edu.recording.run import TARGETS, _one_thread
+from lora_edu.recording.run import TARGETS, workers
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import Batches, fit
 from lora_edu.tuning import (
@@ -38,7 +37,7 @@ from lora_edu.tuning import (
 
 # 192 tokens of text leave room for 64 virtual ones in the model's 256 positions; all methods read the same windows.
 CONTEXT, BATCH = 192, 4
-STEPS, LONG = 100, 400
+STEPS, LONG = SHORT, 400
 FACTOR = 2.0  # between a rate and the next
 SEEDS = (0, 1, 2)
 # Method → sizes. r of LoRA, m of a bottleneck, k virtual tokens; None where a method has no size to choose.
@@ -310,7 +309,7 @@ def record_stage(
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {name_of(row): row for row in rows if row["method"] != "none"}
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_one_thread) as pool:
+    with workers(processes) as pool:
         waiting = {}
         try:
             while True:

@@ -276,7 +276,7 @@ def record_all(
     runs = {name_of(run): run for run in runs}
     folder.mkdir(parents=True, exist_ok=True)
     rows = {}
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_one_thread) as pool:
+    with workers(processes) as pool:
         try:
             waiting = {pool.submit(record, run, folder, truncate): name for name, run in runs.items()}
             for done in as_completed(waiting):
@@ -287,6 +287,11 @@ def record_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [rows[name] for name in runs]
+
+
+def workers(processes: int) -> ProcessPoolExecutor:
+    """Fresh processes with one thread each."""
+    return ProcessPoolExecutor(processes, get_context("spawn"), initializer=_one_thread)
 
 
 def _one_thread() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_edu.data.runs import VARIANT_SIZES as SIZES
 from lora_edu.data.runs import tuned_rate
 from lora_edu.lora import add_lora, lora_layers
 from lora_edu.loss import next_token_loss
@@ -38,20 +39,6 @@ from lora_edu.tuning.variants import (
 )
 
 ON = TARGETS["blocks"]
-# Variant → sizes: the rank, or the one at which a variant trains as many numbers as LoRA at that rank (43 200 at 4,
-# 172 800 at 16). VeRA would need 4 650 for the second. AdaLoRA's is the mean rank that it ends with.
-SIZES: dict[str, tuple[int, ...]] = {
-    "lora": (4, 16),
-    "lora+": (4, 16),
-    "dora": (4, 16),
-    "pissa": (4, 16),
-    "lora-ga": (4, 16),
-    "adalora": (4, 16),
-    "scaled adamw": (4, 16),
-    "muon": (4, 16),
-    "vera": (1050,),
-    "lora-xs": (35, 69),
-}
 # Variant → the middle one of the five rates that are tried first, each 2^k thousandths so that variants share rates.
 MIDDLE = {
     "lora": 1.6e-2,

@@ -1,7 +1,6 @@
 """The variants' benchmark, small: what it counts as held is what each variant keeps, and every part is written."""
 
 import json
-import os
 
 import pytest
 from opened import open_benchmark
@@ -43,7 +42,6 @@ def test_what_is_held_is_what_a_variant_keeps(held):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="memory is measured in forks")
 @pytest.mark.filterwarnings("ignore")
 def test_a_small_run_measures_every_variant(benchmark, tmp_path):
     benchmark.main(["--repeats", "1", "--only", "steps", "disk", "--results", str(tmp_path)])

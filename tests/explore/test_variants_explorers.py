@@ -4,8 +4,9 @@ import functools
 
 import pytest
 
+from lora_edu.data.runs import SHORT, VARIANT_SIZES
 from lora_edu.explore import one_rate_for_all, variants_beside_lora
-from lora_edu.explore.variants import NAMES, RANKS, STEPS, TESTS, beside_lora, grids_in, size_in, tuned_in
+from lora_edu.explore.variants import NAMES, TESTS, beside_lora, grids_in, size_in, tuned_in
 from lora_edu.recording.methods import STEPS as RECORDED
 from lora_edu.recording.variants import SIZES
 from lora_edu.seeds import Spread
@@ -18,7 +19,7 @@ GRID = {0.008: 5.2, 0.016: 5.1, 0.032: 5.0, 0.064: None}
 
 def rows(method, size, best, loss, task="far"):
     """A grid around `best`, whose run has this loss, three seeds there; the largest rate blew up."""
-    about = {"task": task, "method": method, "size": size, "steps": STEPS}
+    about = {"task": task, "method": method, "size": size, "steps": SHORT}
     near = {-1: loss + 0.1, 0: loss, 1: loss + 0.1}
     made = [about | {"rate": best * 2**k, "seed": 0, "validation": round(near[k], 4)} for k in near]
     made.append(about | {"rate": best * 4, "seed": 0, "validation": None})
@@ -87,6 +88,6 @@ def test_at_one_rate_those_that_were_tried_are_sorted_and_a_run_that_blew_up_is_
 
 
 def test_names_sizes_and_steps_are_those_of_the_recorded_runs():
-    assert dict(SIZES) == RANKS and set(NAMES) == set(SIZES) and STEPS == RECORDED
+    assert dict(SIZES) == VARIANT_SIZES and set(NAMES) == set(SIZES) and SHORT == RECORDED
     assert [size_in(test, "vera") for test in TESTS] == [1050, None, 1050]
     assert [size_in(test, "lora-xs") for test in TESTS] == [35, 69, 35]

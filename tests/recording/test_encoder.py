@@ -1,11 +1,11 @@
 """Chapter 11's record: which runs are asked for, what a run leaves behind, that every wanted row is recorded."""
 
 import json
-import math
 from itertools import pairwise
 
 import pytest
 import torch
+from made_up_rows import all_rows
 from safetensors.torch import load
 
 from lora_edu import retrieval
@@ -23,22 +23,8 @@ WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] read write a file line def return open c
 BEST = {"full": 3e-4, "lora": 5e-3, "lora attention": 1.6e-2, "lora MLP": 5e-3, "lora words": 4e-2}
 
 
-def _row(run: dict) -> dict:
-    loss = 2 + abs(math.log2(run["rate"] / BEST[run["method"]])) / 10
-    return run | {"validation": loss, "test": loss, "trained": 1}
-
-
-def _all(rows: list[dict]) -> list[dict]:
-    while True:
-        known = {name_of(row) for row in rows}
-        new = {name_of(run): run for run in encoder.wanted(rows) if name_of(run) not in known}
-        if not new:
-            return rows
-        rows = rows + [_row(run) for run in new.values()]
-
-
 def test_every_grid_grows_until_its_best_lies_inside_then_come_seeds_and_the_two_ends_of_full_tuning():
-    rows, steps = _all([]), encoder.STEPS
+    rows, steps = all_rows(encoder.wanted, [], BEST), encoder.STEPS
     grids = [
         ("full", None),
         *(("lora", r) for r in encoder.GRIDS),
