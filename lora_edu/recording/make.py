@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -71,11 +71,10 @@ STAGES = (
     *variants.STAGES,
     "encoder",
 )
-# Stage → whose runs it has: rows of one kind, in NAME.json, the first with the rows of the models before tuning.
+# What runs side by side, by the word that its stages begin with → the module of its runs, and what NAME.json has.
 SIDE_BY_SIDE = {
-    stage: (name, module)
-    for name, module in (("methods", methods), ("variants", variants))
-    for stage in module.STAGES
+    "methods": (methods, "every other way to tune TinyLM side by side: settings, losses, numbers trained"),
+    "variants": (variants, "LoRA's variants side by side: settings, losses, numbers trained"),
 }
 CHECKED = (  # what `--check` runs again unless told otherwise
     "lora rank=1 rate=0.012 targets=blocks steps=8",
@@ -133,7 +132,7 @@ NEEDS = {
     "methods_near": ("tune", "methods_far"),
     "methods_long": ("methods_far",),
     "variants_far": ("methods_far",),
-    "variants_near": ("methods_near", "tune", "methods_far"),
+    "variants_near": ("variants_far", "methods_near", "tune", "methods_far"),
     "variants_scaling": ("methods_far",),
 }  # stages whose files one builds on, beside the base's
 
@@ -151,6 +150,11 @@ def constants_of(stage: str) -> str:
 
 def _stamp(*constants) -> str:
     return hashlib.sha256(repr(constants).encode()).hexdigest()[:12]
+
+
+def _first_word(stage: str) -> str:
+    """variants_far → variants."""
+    return stage.partition("_")[0]
 
 
 class Maker:
@@ -178,14 +182,14 @@ class Maker:
     def _do(self, stage: str) -> dict:
         if stage in sweeps.STAGES:
             return self.sweep(stage)
-        return self.side_by_side(stage) if stage in SIDE_BY_SIDE else getattr(self, stage)()
+        return self.side_by_side(stage) if _first_word(stage) in SIDE_BY_SIDE else getattr(self, stage)()
 
     def done(self, stage: str) -> bool:
         """Whether the manifest has the stage, made with today's constants, and no run that it asks for is missing."""
         facts = self.facts().get(stage)
         if facts is None or facts.get("constants", constants_of(stage)) != constants_of(stage):
             return False
-        if stage in SIDE_BY_SIDE:
+        if _first_word(stage) in SIDE_BY_SIDE:
             return not self._missing(stage)
         return stage not in sweeps.STAGES or not self._wanted(stage, self.rows())
 
@@ -447,63 +451,69 @@ class Maker:
 
     def side_by_side(self, stage: str) -> dict:
         """One stage of the methods or the variants side by side, and their file with the rows of all stages so far."""
-        name, module = SIDE_BY_SIDE[stage]
-        # the near stage's constants are all that the three stages need
+        name = _first_word(stage)
+        module, _ = SIDE_BY_SIDE[name]
+        # the near stage's constants are all that the stages need
         folder = self.work / name / constants_of(f"{name}_near")
-        known = self._known(name)
+        own = self._own(name)
         with tqdm(desc=stage, leave=False) as bar:
             about = {"tell": lambda text: bar.update(), "stages": module.STAGES, "do": module.record}
-            for _ in methods.record_stage(stage, known, folder, **about, **self._budgets()):
+            for _ in methods.record_stage(
+                stage, self._shared(name) + own, folder, **about, **self._budgets()
+            ):
                 pass
         read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-        (self.write_methods if name == "methods" else self.write_variants)(read)
-        asked = module.STAGES[stage](self._known(name), **self._budgets())
-        return {"runs": len({methods.name_of(run) for run in asked})}
+        self.write_side_by_side(name, own + read)
+        return {"runs": len({methods.name_of(run) for run in self._asked_of(stage, own + read)})}
 
-    def write_methods(self, rows: list[dict]) -> None:
-        """methods.json, a row a line, in the order of the stages, with the rows of the models before tuning."""
-        known = {row["task"]: row for row in self.method_rows() if row["method"] == "none"}
-        before = [known.get(task) or methods.untuned(task) for task in ("far", "near")]
-        made = "every other way to tune TinyLM side by side: settings, losses, numbers trained"
-        self._write_side_by_side("methods", before, rows, made)
+    def write_side_by_side(self, name: str, rows: list[dict]) -> None:
+        """methods.json or variants.json, a row a line, in the order of the stages.
 
-    def write_variants(self, rows: list[dict]) -> None:
-        """variants.json, a row a line, in the order of the stages; LoRA's rows that methods.json has are not in it."""
-        made = "LoRA's variants side by side: settings, losses, numbers trained"
-        self._write_side_by_side("variants", [], rows, made)
-
-    def _write_side_by_side(self, name: str, before: list[dict], rows: list[dict], made: str) -> None:
-        module = {"methods": methods, "variants": variants}[name]
+        methods.json begins with the rows of the models before tuning; LoRA's rows that it has are not in variants.json.
+        """
+        module, made = SIDE_BY_SIDE[name]
         by_name = {methods.name_of(row): row for row in rows}
-        all_rows = [*self._shared(name), *by_name.values()]
-        asked = [run for wanted in module.STAGES.values() for run in wanted(all_rows, **self._budgets())]
+        asked = [run for stage in module.STAGES for run in self._asked_of(stage, by_name.values())]
         names = dict.fromkeys(methods.name_of(run) for run in asked)
-        ordered = [*before, *(by_name[each] for each in names if each in by_name)]
+        before = self._untuned() if name == "methods" else []
         head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
+        ordered = [*before, *(by_name[each] for each in names if each in by_name)]
         write_atomically(self.out / f"{name}.json", packed(head, ordered))
         self.describe(f"{name}.json", made)
 
-    def method_rows(self, name: str = "methods") -> list[dict]:
-        """The rows of methods.json or variants.json so far."""
+    def _asked_of(self, stage: str, own: Iterable[dict]) -> list[dict]:
+        """The runs that a stage asks for, given the rows of its own file so far."""
+        name = _first_word(stage)
+        return SIDE_BY_SIDE[name][0].STAGES[stage]([*self._shared(name), *own], **self._budgets())
+
+    def _rows_of(self, name: str) -> list[dict]:
         path = self.out / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
-    def _known(self, name: str) -> list[dict]:
-        """The rows of runs that the stages of methods or of variants know."""
-        return self._shared(name) + [row for row in self.method_rows(name) if row["method"] != "none"]
+    def _untuned(self) -> list[dict]:
+        """The rows of the models before tuning, measured where methods.json doesn't have them."""
+        known = {row["task"]: row for row in self._rows_of("methods") if row["method"] == "none"}
+        return [known.get(task) or methods.untuned(task) for task in ("far", "near")]
+
+    def _own(self, name: str) -> list[dict]:
+        """The rows of runs in methods.json or variants.json; none where a stage of it was made with other constants."""
+        facts = self.facts()
+        for stage in SIDE_BY_SIDE[name][0].STAGES:
+            if facts.get(stage, {}).get("constants", constants_of(stage)) != constants_of(stage):
+                return []
+        return [row for row in self._rows_of(name) if row["method"] != "none"]
 
     def _shared(self, name: str) -> list[dict]:
         """The rows of methods.json that belong among the variants, too: LoRA's in the short budget of steps."""
         short = {"method": "lora", "steps": self._budgets()["short"]}
-        return [row for row in self.method_rows() if name == "variants" and short.items() <= row.items()]
+        return [
+            row for row in self._rows_of("methods") if name == "variants" and short.items() <= row.items()
+        ]
 
     def _missing(self, stage: str) -> list[dict]:
-        name, module = SIDE_BY_SIDE[stage]
-        rows = self._known(name)
-        known = {methods.name_of(row) for row in rows}
-        return [
-            run for run in module.STAGES[stage](rows, **self._budgets()) if methods.name_of(run) not in known
-        ]
+        own = self._own(_first_word(stage))
+        known = {methods.name_of(row) for row in (*self._shared(_first_word(stage)), *own)}
+        return [run for run in self._asked_of(stage, own) if methods.name_of(run) not in known]
 
     def _budgets(self) -> dict[str, int]:
         return {"short": self.steps(methods.STEPS), "long": self.steps(methods.LONG)}

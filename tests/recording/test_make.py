@@ -8,7 +8,7 @@ import torch
 
 from lora_edu.data import corpus, shipped
 from lora_edu.data.runs import name_of, run_of
-from lora_edu.recording import make, sweeps
+from lora_edu.recording import make, methods, sweeps, variants
 from lora_edu.recording import run as runner
 from lora_edu.tinylm import TinyLM
 from lora_edu.training import evaluate
@@ -58,6 +58,44 @@ def test_a_stage_of_the_sweeps_is_done_until_it_asks_for_a_run_that_is_missing(m
     assert not maker.done("short")
     maker.run(only="short")
     assert asked == [[0.01], [0.02]] and maker.facts()["short"]["runs"] == 2
+
+
+def test_rows_side_by_side_are_kept_where_one_more_is_asked_for_and_go_where_the_constants_changed(
+    maker, monkeypatch
+):
+    asked, wanted, did = [], [0.01], []
+    about = {"task": "far", "method": "dora", "size": 4, "steps": 3, "seed": 0}
+
+    def record_stage(stage, rows, folder, tell, short, long, stages, do):
+        folder.mkdir(parents=True, exist_ok=True)
+        known = {methods.name_of(row) for row in rows}
+        for run in stages[stage](rows, short, long):
+            path = folder / f"{methods.name_of(run)}.json"
+            if methods.name_of(run) not in known:
+                asked.append(run["rate"])
+                did.append(path)
+                path.write_text(json.dumps(run | {"validation": 1.0}), encoding="utf-8")
+                yield run
+
+    stages = {
+        "variants_far": lambda rows, short, long: [about | {"rate": rate} for rate in wanted],
+        "variants_near": lambda rows, short, long: [],
+    }
+    monkeypatch.setattr(variants, "STAGES", stages)
+    monkeypatch.setattr(methods, "record_stage", record_stage)
+    recorded = lambda: [row["rate"] for row in json.loads((maker.out / "variants.json").read_text())["rows"]]
+    maker.run(only="variants_far")
+    assert maker.done("variants_far") and recorded() == [0.01]
+    for path in did:  # another machine: the file is there, the work folder is not
+        path.unlink()
+    wanted.append(0.02)
+    assert not maker.done("variants_far")
+    maker.run(only="variants_far")
+    assert asked == [0.01, 0.02] and recorded() == [0.01, 0.02] and maker.facts()["variants_far"]["runs"] == 2
+    monkeypatch.setitem(make.CONSTANTS, "variants_far", ("others",))
+    assert not maker.done("variants_far")
+    maker.run(only="variants_far")
+    assert asked == [0.01, 0.02, 0.01, 0.02] and recorded() == [0.01, 0.02]
 
 
 def test_every_recorded_stage_is_done_with_the_constants_of_today(monkeypatch, tmp_path):
