@@ -210,6 +210,25 @@ class Peak(threading.Thread):
             time.sleep(0.01)
 
 
+def memory_rows(*line: str) -> list[dict]:
+    """The rows that a program prints as JSON in its last line: one that forks, with one thread and an allocator that
+    gives memory back. SystemExit where the system doesn't fork."""
+    if not hasattr(os, "fork"):
+        raise SystemExit(
+            "memory is measured in forks, which this system doesn't have; leave it out with --only"
+        )
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *line],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def ready_to_fork() -> None:
     """Loads what torch loads at its first step, once for all forks; no backward pass, which forks can't share."""
     small = torch.nn.Parameter(torch.zeros(1))

@@ -28,11 +28,8 @@ import argparse
 import copy
 import gc
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -44,7 +41,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from extract import Peak, in_a_fork, ready_to_fork
+from extract import Peak, in_a_fork, memory_rows, ready_to_fork
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -215,17 +212,8 @@ def predicted(kind: str, name: str, layers: int, loss: str) -> dict:
 
 
 def memory(kind: str, options: argparse.Namespace) -> list[dict]:
-    if not hasattr(os, "fork"):
-        raise SystemExit(
-            "memory is measured in forks, which this system doesn't have; leave it out with --only"
-        )
-    line = [sys.executable, __file__, "--memory-of", kind, "--layers", str(options.layers)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        line, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
-    )
     rows = []
-    for row in json.loads(done.stdout.splitlines()[-1]):
+    for row in memory_rows(__file__, "--memory-of", kind, "--layers", str(options.layers)):
         rows.append(row | predicted(kind, row["way"], options.layers, row["loss"]))
         print(
             f"{kind:7} {row['loss']:10} {row['way']:18} {format_bytes(row['peak_bytes']):>9} at the peak, "

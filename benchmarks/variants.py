@@ -20,11 +20,8 @@ Writes results/variants.json and .png. `--only` measures some of the three parts
 import argparse
 import gc
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -33,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from extract import Peak, in_a_fork, ready_to_fork
+from extract import Peak, in_a_fork, memory_rows, ready_to_fork
 from torch import Tensor, nn
 
 from lora_edu import plots, timing
@@ -149,16 +146,7 @@ def measured(method: str) -> dict:
 
 
 def memory(options: argparse.Namespace) -> list[dict]:
-    if not hasattr(os, "fork"):
-        raise SystemExit(
-            "memory is measured in forks, which this system doesn't have; leave it out with --only"
-        )
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, __file__, "--memory-here"]
-    done = subprocess.run(
-        line, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
-    )
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = memory_rows(__file__, "--memory-here")
     for row in rows:
         parts = ", ".join(f"{part} {format_bytes(size)}" for part, size in row["held"].items())
         print(f"{row['way']:14} {format_bytes(row['peak_bytes']):>9} at the peak; held: {parts}", flush=True)
@@ -212,19 +200,14 @@ PARTS = {"steps": steps, "memory": memory, "disk": disk}
 @plots.style()
 def draw(record: dict) -> bytes:
     figure, axes = plots.subplots(1, 3, size=(9.2, 3.2))
-    for axis, part, value, title, unit in (
-        (
-            axes[0],
-            "steps",
-            lambda row: row["step_over_lora"],
-            "a training step",
-            "processor time over LoRA's",
-        ),
-        (axes[1], "memory", lambda row: row["peak_bytes"] / 1e6, "memory of a step", "MB at the peak"),
-        (axes[2], "disk", lambda row: row["bytes"] / 1e3, "file", "kB"),
-    ):
+    shown = (
+        ("steps", "step_over_lora", 1, "a training step", "processor time over LoRA's"),
+        ("memory", "peak_bytes", 1e6, "memory of a step", "MB at the peak"),
+        ("disk", "bytes", 1e3, "file", "kB"),
+    )
+    for axis, (part, key, unit_size, title, unit) in zip(axes, shown, strict=True):
         rows = record[part]
-        values = [value(row) for row in rows]
+        values = [row[key] / unit_size for row in rows]
         texts = [f"{each:.2f}" if part == "steps" else f"{each:,.0f}" for each in values]
         plots.bars(axis, [row["way"] for row in rows], values, [plots.BLUE] * len(rows), texts)
         axis.set(title=title, xlabel=unit, xlim=(0, 1.3 * max(values)))
