@@ -171,8 +171,48 @@ def load_encoder_runs(**settings) -> list[dict]:
 
 def load_encoder_spectra() -> dict[str, dict[str, torch.Tensor]]:
     """Name of a run of `load_encoder_runs` that was cut → matrix → its singular values, largest first."""
+    return _spectra("encoder_spectra.safetensors")
+
+
+def load_llm_runs(**settings) -> list[dict]:
+    """The rows of data/llm.json with the given settings (`method="lora"`, `size=8`, `seed=0`, …): a language model
+    tuned to write the first line of a function's docstring.
+
+    A row: task, method ("lora" on all linear layers, "lora attention", "lora MLP", "lora table", "lora NF4" on a
+    quantised base, "full"; "none": untuned, "none NF4": untuned and quantised), size (r), rate, steps, seed, trained
+    (numbers), validation (nats a token of the answer; None where it blew up). Of tuned rows "test" and "nats" (those of
+    each answer), "cut_on" (the loss of every second answer), "prose" and "code" (nats a token of other text), "chrf",
+    "imperative" and "answers", what it writes. Of full tuning at a gentle and a steep rate "whole" and "cut": the loss
+    of every second answer, r → that with every ΔW cut to it; "one_kind_cut", "spectra" and "sizes". Of some
+    "intruders": what scaling them changes.
+    `lora_edu.recording.llm` made them; `lora_edu.data.runs` finds the tuned ones.
+    """
+    return [row for row in _llm()["rows"] if all(row.get(key) == value for key, value in settings.items())]
+
+
+def load_llm_functions() -> list[dict]:
+    """The functions that `load_llm_runs` was tested on, in the order of "nats": module, name, summary, tokens (of the
+    answer); of every third one, in the order of "answers", the source."""
+    return _llm()["functions"]
+
+
+def load_llm_memory() -> list[dict]:
+    """Memory of two training steps by base ("float32", "bfloat16", "NF4") and method: file, loaded, peak, in bytes."""
+    return _llm()["memory"]
+
+
+def load_llm_spectra() -> dict[str, dict[str, torch.Tensor]]:
+    """Name of a run of `load_llm_runs` that was cut → matrix → its singular values, largest first."""
+    return _spectra("llm_spectra.safetensors")
+
+
+def _llm() -> dict:
+    return json.loads(data_file("llm.json").read_text(encoding="utf-8"))
+
+
+def _spectra(file: str) -> dict[str, dict[str, torch.Tensor]]:
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, sigma in load_safetensors(data_file("encoder_spectra.safetensors").read_bytes()).items():
+    for key, sigma in load_safetensors(data_file(file).read_bytes()).items():
         run, _, matrix = key.rpartition("/")
         found.setdefault(run, {})[matrix] = sigma.float()
     return found

