@@ -4,7 +4,7 @@ All answers are functions. They are tried on numbers drawn anew at each check.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -115,6 +115,15 @@ def _loss_problem(got: float, Q: Tensor, D: Tensor, groups: Tensor) -> str:
         ),
         (loss(same_group & ~eye, scale=1.0), f"the scores are not multiplied by {SCALE:g}."),
         (right * n, "that is the sum over the queries, not the mean."),
+        (loss(same_group & ~eye, scale=1 / SCALE), f"multiply by {SCALE:g}, don't divide."),
+        (
+            (right + loss(same_group & ~eye, turned=True)) / 2,
+            "each sentence among the functions is enough: one direction.",
+        ),
+        (
+            float(F.cross_entropy((SCALE * Q @ D.T).masked_fill(same_group & ~eye, 0.0), torch.arange(n))),
+            "0 is a cosine like any other: put −∞ there.",
+        ),
         (-right, "the sign is turned round: the loss is −log of a probability."),
     ):
         if near(other):
@@ -170,7 +179,7 @@ def _mrr_problem(got: float, scores: Tensor, groups: Tensor, equal: bool) -> str
         (1 / retrieval.ranks(scores.T, groups, groups).double()).mean(), "that ranks down the columns, not along rows.",
         (places == 1).double().mean(), "that is recall@1.",
     ]  # fmt: skip
-    if equal and near(1.0):
+    if equal and got > float((1 / places).mean()) + 1e-6:
         return "a wrong document with the same score must stand before the right one: count ≥, not >."
     for other, why in zip(others[::2], others[1::2], strict=True):
         if near(other):
@@ -187,14 +196,15 @@ def check_11_4(answer: object) -> str:
         return refused
     letters = [chr(97 + int(i)) for i in torch.randperm(26)[:6]]
     a, b, c, d, e, f = letters
-    train = [(f"{a}.py", "Return the name."), (f"{b}.py", f"Close {b} now."), (f"{b}.py", "Read all lines.")]
+    train = [(f"{a}.py", "Return the name."), (f"{b}.py", f"Close   {b} now."), (f"{b}.py", "Read all lines")]
     test = [
         (f"{a}.py", "Something new here."),
         (f"{c}.py", "Return the name."),
-        (f"{d}.py", "return  the NAME."),
+        (f"{d}.py", "return   the NAME."),
+        (f"{d}.py", f"close {b} now."),
         (f"{e}.py", f"Open {e} again."),
         (f"{f}.py", "Read all lines of a file."),
-        (f"{f}.py", "Write one line."),
+        (f"{f}.py", "Readall lines"),
     ]
     try:
         got = [tuple(each) for each in answer(list(train), list(test))]
@@ -202,7 +212,7 @@ def check_11_4(answer: object) -> str:
         return f"Exercise 4: not yet: it raises {type(error).__name__}: {error}"
     if [each for each in got if each not in test]:
         return "Exercise 4: not yet: the answer is a list of pairs (module, summary) of test, as they were."
-    if got == test[3:]:
+    if got == test[4:]:
         return (
             "Exercise 4: right. Both kinds of leak are there in the library: helpers of one module resemble one "
             "another, and the same first line stands in many."
@@ -214,10 +224,11 @@ def check_11_4(answer: object) -> str:
         ),
         (test[1], f"{test[1]} stays, though training has the same summary."),
         (test[2], f"{test[2]} stays. It is a summary of training but for capitals and spaces."),
+        (test[3], f"{test[3]} stays. Training's own spaces and capitals have to be made plain, too."),
     ):
         if case in got:
             return f"Exercise 4: not yet: {why}"
-    missing = next(each for each in test[3:] if each not in got) if set(test[3:]) - set(got) else None
+    missing = next((each for each in test[4:] if each not in got), None)
     if missing is None:
         return "Exercise 4: not yet: each pair once, in the order of test."
     return f"Exercise 4: not yet: {missing} is gone, though neither its module nor its whole summary is in training."
@@ -225,7 +236,8 @@ def check_11_4(answer: object) -> str:
 
 def check_11_5(answer: object) -> str:
     """A function interval(a, b) → (low, high) of the mean of a − b, from a paired bootstrap over the questions."""
-    hint = f"draw n questions {DRAWS:,} times with replacement; of the means of a − b the 2.5 and 97.5 % quantiles."
+    hint = f"draw n questions {DRAWS:,} times with replacement; of the means of a − b the 2.5 and 97.5 % quantiles (with "
+        "fewer draws the bounds are too rough)."
     if refused := no_function(5, answer, "a, b", hint):
         return refused
     hard = torch.randn(300, dtype=torch.float64)
@@ -249,6 +261,7 @@ def check_11_5(answer: object) -> str:
         return "Exercise 5: not yet: that is b − a."
     for size, why in (
         (1.645, "that is an interval for 90 %: 5 % lie outside on each side. Take 2.5 and 97.5 %."),
+        (2.576, "that is an interval for 99 %. Take 2.5 and 97.5 %."),
         (
             1.96 * unpaired,
             "a and b are drawn each by itself. Draw the questions, and take both systems' numbers there.",
@@ -264,7 +277,7 @@ def check_11_5(answer: object) -> str:
     if abs(wide / 1.96 - 1) > 0.11 or abs(middle - float(difference.mean())) > error:
         return f"Exercise 5: not yet: it gives {low:.3f} to {high:.3f}, which is off. Hint: {hint}"
     return (
-        "Exercise 5: right. What makes a question hard for both falls out of the difference; here an interval that "
+        "Exercise 5: right. What makes a question hard for both cancels in the difference; here an interval that "
         f"ignores the pairs is {unpaired:.0f} times as wide."
     )
 
@@ -278,13 +291,14 @@ def check_11_6(answer: object) -> str:
     before, after = 3.0 + drawn[0], 1.0
     losses = {1: before + 0.1, 4: 1.0 + drawn[1], 16: 1.0 + drawn[3] / 2, 64: 0.98}
     try:
-        got = {int(r): real(share) for r, share in dict(answer(before, after, dict(losses))).items()}
+        given = answer(before, after, dict(losses))
+        got = {int(r): real(share) for r, share in given.items()} if isinstance(given, Mapping) else {}
     except Exception as error:
         return f"Exercise 6: not yet: it raises {type(error).__name__}: {error}"
     if set(got) != set(losses) or None in got.values():
         return f"Exercise 6: not yet: the answer is a dictionary rank → share, for the ranks {list(losses)}."
     right = {r: (before - loss) / (before - after) for r, loss in losses.items()}
-    agrees = lambda rule: all(abs(got[r] - rule(loss)) < 1e-9 for r, loss in losses.items())
+    agrees = lambda rule: all(abs(got[r] - rule(loss)) < 1e-6 for r, loss in losses.items())
     gain = before - after
     for rule, why in (
         (lambda loss: (loss - after) / gain, "that is the share that is lost."),
@@ -294,6 +308,8 @@ def check_11_6(answer: object) -> str:
             "that divides by the loss before tuning, not by the whole gain.",
         ),
         (lambda loss: before - loss, "that is the gain in nats. Divide by that of the whole update."),
+        (lambda loss: 100 * (before - loss) / gain, "that is in per cent; a share of the whole is 1."),
+        (lambda loss: max(0.0, (before - loss) / gain), "a share may be below 0: a cut can do harm."),
         (
             lambda loss: min(1.0, max(0.0, (before - loss) / gain)),
             "a share may be below 0 or above 1, and it says something: a cut can do harm, and it can help.",
@@ -302,7 +318,7 @@ def check_11_6(answer: object) -> str:
         if agrees(rule):
             return f"Exercise 6: not yet: {why}"
     if not agrees(lambda loss: (before - loss) / gain):
-        r = next(r for r in losses if abs(got[r] - right[r]) >= 1e-9)
+        r = next(r for r in losses if abs(got[r] - right[r]) >= 1e-6)
         return f"Exercise 6: not yet: at r = {r} it gives {got[r]:.4g}. Hint: {hint}"
     return (
         "Exercise 6: right. A cut that is worse than no tuning keeps less than nothing, and one that beats the whole "
