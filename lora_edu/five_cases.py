@@ -128,15 +128,26 @@ def published(recorded: Recorded) -> Case:
     cuts = (0, *recorded.facts["ranks"])
     divergence = recorded.tensors["divergence"][: len(cuts)].double().mean(dim=1).tolist()
     found = shares(dict(zip(cuts, divergence, strict=True)), divergence[0], 0.0)
-    return Case("rxnfp, reactions", 256, "KL divergence from the tuned model", {ONLY: found}, {}, {}, None, "")
+    return Case(
+        "rxnfp, reactions", 256, "KL divergence from the tuned model", {ONLY: found}, {}, {}, None, ""
+    )
 
 
 def encoder(rows: Sequence[Mapping]) -> Case:
     """all-MiniLM-L6-v2 tuned to find functions (`load_encoder_runs`): nats a query on a quarter of the test pairs."""
     of = lambda found: found["loss"]
-    cut, trained, numbers, full = _real(rows, lambda row: of(row["quarter"]), lambda row: of(row["quarter"]), of)
+    cut, trained, numbers, full = _real(
+        rows, lambda row: of(row["quarter"]), lambda row: of(row["quarter"]), of
+    )
     return Case(
-        "MiniLM, search", 384, "nats a query", cut, trained, numbers, full, "all matrices, word embeddings too"
+        "MiniLM, search",
+        384,
+        "nats a query",
+        cut,
+        trained,
+        numbers,
+        full,
+        "all matrices, word embeddings too",
     )
 
 
@@ -145,9 +156,7 @@ def language_model(rows: Sequence[Mapping]) -> Case:
     cut, trained, numbers, full = _real(
         rows, lambda row: row["cut_on"], lambda row: row["whole"], lambda loss: loss
     )
-    return Case(
-        "SmolLM2, docstrings", 576, "nats a token", cut, trained, numbers, full, "all linear layers"
-    )
+    return Case("SmolLM2, docstrings", 576, "nats a token", cut, trained, numbers, full, "all linear layers")
 
 
 def _real(rows: Sequence[Mapping], loss: Callable, whole: Callable, of: Callable) -> tuple:

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 
 from lora_edu import plots
 from lora_edu.data.runs import method_runs
-from lora_edu.docstrings import END, LONGEST_SOURCE
+from lora_edu.docstrings import END
 from lora_edu.explore.explorer import Explorer
-from lora_edu.five_cases import STEEP, Case, at_rank, ranks
+from lora_edu.five_cases import ONLY, STEEP, Case, at_rank, ranks
 
 OFFERED = 8  # functions to choose from
-COLUMNS, LINES = 54, 10  # of a source that is shown
+COLUMNS, LINES = 52, 7  # of a source that is shown
 BYTES = 4  # of a number in float32
 # A case's colour and mark, in the order of `five_cases.cases`.
 LOOKS = (
@@ -24,7 +24,7 @@ LOOKS = (
     (plots.GREEN, "^"),
     (plots.PURPLE, "D"),
     (plots.ORANGE, "s"),
-    (plots.VERMILION, "*"),
+    (plots.BLACK, "*"),
 )
 
 
@@ -42,7 +42,9 @@ def writers(runs: Sequence[Mapping]) -> dict[str, Mapping]:
     (about,) = {(row["task"], row["steps"]) for row in runs if row["steps"] is not None}
     tuned = {key: rows[0] for key, rows in method_runs(runs, *about).items() if rows[0]["seed"] == 0}
     found = {"untuned": untuned[0]}
-    found |= {f"LoRA r = {r}": tuned[m, r] for m, r in sorted(tuned, key=lambda key: key[1] or 0) if m == "lora"}
+    found |= {
+        f"LoRA r = {r}": tuned[m, r] for m, r in sorted(tuned, key=lambda key: key[1] or 0) if m == "lora"
+    }
     return found | ({"full tuning": tuned["full", None]} if ("full", None) in tuned else {})
 
 
@@ -54,62 +56,61 @@ def written_for(functions: Sequence[Mapping]) -> list[tuple[Mapping, int]]:
 def docstring_writer(
     runs: Sequence[Mapping], functions: Sequence[Mapping], names: Sequence[str] | None = None
 ) -> Explorer:
-    """A tuning and a function → its source, the library's line and the line that the model writes; and every rank's loss.
+    """A tuning and a function → its source, the library's line and the one the model writes; every rank's loss.
 
     runs: rows as `load_llm_runs` reads them; functions: `load_llm_functions`; names: of those to offer, by default
     OFFERED of them evenly spaced, whatever was written for them. Raises ValueError for a name that has no answer.
     """
     rows = writers(runs)
-    found = {each["name"]: (each, place) for each, place in reversed(written_for(functions))}
-    found = dict(reversed(found.items()))  # of two with one name the first
+    found: dict[str, tuple[Mapping, int]] = {}
+    for each, place in written_for(functions):
+        found.setdefault(each["name"], (each, place))
     if names is None:
         everything = list(found)
         count = min(OFFERED, len(everything))
         names = [everything[i * len(everything) // count] for i in range(count)]
     if strangers := [name for name in names if name not in found]:
         raise ValueError(f"nothing was written for {strangers[0]!r}")
-    tuned = {row["size"]: row for name, row in rows.items() if row["method"] == "lora"}
-    levels = {name: row["test"] for name, row in rows.items() if row["method"] != "lora"}
-    losses = [row["test"] for row in rows.values()]
-    room = 0.12 * (max(losses) - min(losses))
+    # on a log scale, so that the untuned model and full tuning stand beside the smallest and the largest rank
+    sizes = [row["size"] for row in rows.values() if row["size"]]
+    places = {name: row["size"] or 4 * max(sizes) for name, row in rows.items()}
+    places["untuned"] = min(sizes) / 4
+    losses = {name: row["test"] for name, row in rows.items()}
+    room = 0.12 * (max(losses.values()) - min(losses.values()))
 
     def draw(figure: Figure, run: str, function: str) -> str:
-        axes = figure.subplot_mosaic(
-            [["source", "cost"], ["lines", "cost"]], width_ratios=[1.9, 1], height_ratios=[1.75, 1]
-        )
-        (about, place), row = found[function], rows[run]
-        answer = row["answers"][place]
+        page, cost = figure.subplots(1, 2, width_ratios=[1.9, 1])
+        (about, number), row = found[function], rows[run]
+        answer = row["answers"][number]
         shown = _cut(about["source"], COLUMNS, LINES)
-        plots.page_of_text(axes["source"], shown, f"{about['module']}: {function}", "", COLUMNS, LINES + 1)
-        _two_lines(axes["lines"], about["summary"], answer, run)
-        cost = axes["cost"]
-        plots.curves(cost, {"LoRA": (list(tuned), [each["test"] for each in tuned.values()])}, xscale="log")
-        cost.lines[0].set_marker("o")
-        for name, level in levels.items():
-            line, _ = plots.mark_level(cost, level, name)
-            if name == run:
-                line.set(color=plots.VERMILION, linewidth=2.5)
-        if row["size"] is not None:
-            cost.plot(row["size"], row["test"], "o", color=plots.VERMILION, markersize=10)
-        cost.set(xlabel="rank r", ylabel="held-out loss, nats a token")
-        cost.set(xlim=(0.7, 95), ylim=(min(losses) - room, max(losses) + room))
-        plots.plain_ticks(cost.xaxis, list(tuned))
-        cost.set_title(f"{row['test']:.2f} nats a token" + _size(row))
+        plots.page_of_text(page, shown, f"{about['module']}: {function}", "", COLUMNS, LINES)
+        page.set_facecolor("white")
+        _below(page, 62, "the library", about["summary"], plots.BLACK)
+        _below(page, 18, run, _one_line(answer), plots.BLUE)
+        ranks = [name for name, each in rows.items() if each["size"]]
+        cost.plot([places[name] for name in ranks], [losses[name] for name in ranks], color=plots.GREY)
+        cost.plot(list(places.values()), list(losses.values()), "o", color=plots.GREY)
+        cost.plot(places[run], losses[run], "o", color=plots.BLUE, markersize=10)
+        cost.set(xscale="log", xlabel="rank r", title=f"{losses[run]:.2f} nats a token{_size(row)}")
+        cost.set(ylabel="held-out loss", ylim=(min(losses.values()) - room, max(losses.values()) + room))
+        plots.plain_ticks(cost.xaxis, list(places.values()))
+        words = {"untuned": "none", "full tuning": "full"}
+        cost.xaxis.set_ticklabels([words.get(name, str(places[name])) for name in places])
         rate = "" if row["rate"] is None else f" at a rate of {row['rate']:g}"
         return (
-            f"{run[0].upper()}{run[1:]}{rate}{_size(row)}: {row['test']:.2f} nats a token on held-out answers, one seed. "
-            f"For {function} the library has “{about['summary']}”; the model writes “{_one_line(answer)}”"
-            f"{'' if answer.endswith(END) else ', cut off after 32 tokens'}."
+            f"{run[0].upper()}{run[1:]}{rate}{_size(row)}: {losses[run]:.2f} nats a token on held-out answers, one "
+            f"seed. For {function} the library has “{about['summary']}”; the model writes “{_one_line(answer)}”"
+            f"{'' if answer.endswith(END) else ' and does not end there'}."
         )
 
     return Explorer(
         draw,
         {"run": list(rows), "function": list(names)},
         start={"run": "LoRA r = 8" if "LoRA r = 8" in rows else next(iter(rows)), "function": names[0]},
-        size=(7.2, 3.3),
+        size=(7.2, 3.1),
         labels={"run": "tuned by", "function": "function"},
-        colours=16,
-        density=1.25,
+        colours=8,
+        density=1.0,
     )
 
 
@@ -130,26 +131,13 @@ def _cut(source: str, columns: int, lines: int) -> str:
     return "\n".join(wide if len(wide) <= lines else [*wide[: lines - 1], "…"])
 
 
-def _two_lines(axes: Axes, reference: str, answer: str, run: str) -> None:
-    """The library's line and the model's, one below the other, in letters of one width."""
-    axes.set(xticks=[], yticks=[], facecolor="white")
-    axes.spines[:].set_visible(False)
-    axes.grid(False)
-    place = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
-    top = 0.0
-    for title, text, colour in (("the library", reference, plots.GREY), (run, _one_line(answer), plots.BLUE)):
-        axes.annotate(title, xytext=(0, top), fontsize=8.5, color=plots.BLACK, fontweight="bold", **place)
-        for row in _wrapped(text):
-            top -= 11.5
-            axes.annotate(
-                row, xytext=(6, top), color=colour, family="DejaVu Sans Mono", size=8.6, parse_math=False, **place
-            )
-        top -= 14.0
-
-
-def _wrapped(text: str, columns: int = 58, lines: int = 2) -> list[str]:
-    """A text in at most `lines` lines, with '…' where something is left out."""
-    return textwrap.wrap(text, columns, max_lines=lines, placeholder=" …") or ["(nothing)"]
+def _below(axes: Axes, height: float, title: str, text: str, colour: str) -> None:
+    """A title and below it a text in at most two lines, `height` points above the foot of the axes."""
+    lines = textwrap.wrap(text, COLUMNS, max_lines=2, placeholder=" …") or ["(nothing)"]
+    place = {"xy": (0, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(title, xytext=(0, height + 2), va="bottom", fontsize=8.5, fontweight="bold", **place)
+    look = {"family": "DejaVu Sans Mono", "size": 9.2, "parse_math": False, "color": colour}
+    axes.annotate("\n".join(lines), xytext=(6, height), va="top", **look, **place)
 
 
 # ---- how low is low ----------------------------------------------------------------------------------------------
@@ -185,6 +173,7 @@ def draw_cases(figure: Figure, cases: Sequence[Case], r: int | None = None) -> s
         if case.trained:
             numbers = [case.numbers[rank] for rank in case.trained]
             right.plot(numbers, list(case.trained.values()), color=colour, marker=mark, markersize=4)
+            right.plot(case.full, 1, mark, color=colour, markersize=5, markerfacecolor="white")
             if r in case.trained:
                 _ring(right, case.numbers[r], case.trained[r], colour, mark, colour)
     for axes in (left, right):
@@ -193,11 +182,12 @@ def draw_cases(figure: Figure, cases: Sequence[Case], r: int | None = None) -> s
     plots.plain_ticks(left.xaxis, (0.2, 1, 5, 20, 60))
     left.set_title("full tuning's ΔW, cut to r" + (f" = {r}" if r else ""))
     right.set(xscale="log", xlabel="numbers trained")
-    plots.plain_ticks(right.xaxis, (1e4, 1e5, 1e6, 1e7))
-    right.xaxis.set_ticklabels(["10 000", "100 000", "1 million", "10 million"])
-    right.set(xlim=(1.2e4, 4e7))
+    plots.plain_ticks(right.xaxis, (1e4, 1e6, 1e8))
+    right.xaxis.set_ticklabels(["10 000", "1 million", "100 million"])
+    right.set(xlim=(9e3, 4e8))
+    right.annotate("full tuning", (3.6e8, 1), (0, 5), textcoords="offset points", ha="right", fontsize=8.5)
     right.set_title("LoRA, trained at r" + (f" = {r}" if r else ""))
-    left.legend(fontsize=7, loc="lower right", title="model (width)", title_fontsize=7)
+    left.legend(fontsize=7, loc="lower right", title="model (width); dashed: steep", title_fontsize=7)
     if r is None:
         return (
             "Share of a tuning's gain in five cases: kept by full tuning's ΔW cut to r, against r in % of the width "
@@ -214,7 +204,8 @@ def _ring(axes: Axes, x: float, y: float, colour: str, mark: str, face: str) -> 
 
 def _said(row: Mapping) -> str:
     """A case at a rank in words: 'SmolLM2, docstrings (1.4 % of the width): cut, gentle 90 %, steep 95 %; …'."""
-    whole = [f"{name} {share:.0%}" for name, share in row["cut"].items()]
+    of = lambda name, share: f"{share:.0%} of the way" if name == ONLY else f"{name} {share:.0%}"
+    whole = [of(name, share) for name, share in row["cut"].items()]
     words = f"{row['name']} ({row['percent']:.2g} % of {row['width']}): cut, {', '.join(whole)}"
     if row["trained"] is None:
         return words
