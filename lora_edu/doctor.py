@@ -17,8 +17,8 @@ from lora_edu.paths import REPOSITORY, repository, user_folder
 
 NEEDED = ("lora-edu", "torch", "numpy", "matplotlib", "jupyterlab", "ipywidgets", "tokenizers", "safetensors")
 OPTIONAL = ("loralib", "peft", "triton")
-READS_DATA = {"load_checkpoint", "load_corpus"}
-READS_LIBRARY = {"load_corpus"}
+READS_DATA = {"load_checkpoint", "load_corpus", "load_encoder_runs", "load_llm_runs"}
+READS_LIBRARY = {"load_corpus", "load_pairs"}
 WITHOUT_SOURCE = (
     "this Python comes without its library's source; python.org's, conda's or your system's full one has it"
 )

@@ -83,6 +83,14 @@ def load_language_model(folder: str | Path | None = None, download: bool = False
     return _open(LANGUAGE_MODEL, source, transformers.AutoModelForCausalLM, download)
 
 
+def without_weights(folder: str | Path) -> nn.Module:
+    """The language model that a folder's config.json describes, on the meta device: its layers, no numbers."""
+    import transformers
+
+    with quiet(), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+
+
 def find_model(name: str, folder: str | Path | None = None, download: bool = False) -> Source:
     """Where the model is, without opening it; nothing is fetched.
 

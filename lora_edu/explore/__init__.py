@@ -19,6 +19,7 @@ from lora_edu.explore.lora_linear import alpha_that_does_nothing, gradient_norms
 from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_photograph, photograph_rank
 from lora_edu.explore.other_ways import methods_and_sizes, price_and_quality
 from lora_edu.explore.prediction import Prediction, predict
+from lora_edu.explore.real_encoder import how_low, rank_and_matrices, search_box
 from lora_edu.explore.real_llm import docstring_writer, five_cases
 from lora_edu.explore.serve import high_then_cut, rounded_away, spent_by_rule, two_adapters
 from lora_edu.explore.start_here import what_each_rank_writes
@@ -47,6 +48,7 @@ __all__ = [
     "gradient_norms",
     "hidden_direction",
     "high_then_cut",
+    "how_low",
     "measured_on_a_gpu",
     "methods_and_sizes",
     "noisy_photograph",
@@ -56,6 +58,7 @@ __all__ = [
     "price_and_quality",
     "published_spectra",
     "random_subspaces",
+    "rank_and_matrices",
     "rank_and_shape",
     "rare_rows",
     "rate_and_rank",
@@ -63,6 +66,7 @@ __all__ = [
     "roofline",
     "rounded_away",
     "rounding",
+    "search_box",
     "seen_through",
     "share_kept",
     "shared_directions",

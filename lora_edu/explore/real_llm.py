@@ -15,7 +15,7 @@ from lora_edu.docstrings import END
 from lora_edu.explore.explorer import Explorer
 from lora_edu.five_cases import ONLY, STEEP, Case, at_rank, ranks
 
-OFFERED = 8  # functions to choose from
+OFFERED = 7  # functions to choose from
 COLUMNS, LINES = 52, 7  # of a source that is shown
 BYTES = 4  # of a number in float32
 # A case's colour and mark, in the order of `five_cases.cases`.
@@ -109,7 +109,7 @@ def docstring_writer(
         start={"run": "LoRA r = 8" if "LoRA r = 8" in rows else next(iter(rows)), "function": names[0]},
         size=(7.2, 3.1),
         labels={"run": "tuned by", "function": "function"},
-        colours=8,
+        colours=16,
         density=1.0,
     )
 

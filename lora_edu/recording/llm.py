@@ -313,20 +313,18 @@ def memory(base: str, method: str, folder: Path) -> dict:
     To be called in a process of its own. folder: `write_bases` has put the bases and a batch there. In bytes: "file",
     the base's; resident memory "loaded" with the base and "peak" at the end.
     """
-    import transformers
-
     batch = [docstrings.Pair(*each) for each in json.loads((folder / "batch.json").read_text())]
     batches = docstrings.AnswerBatches(batch, BATCH)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    model = hub.without_weights(folder)
     before = psutil.Process().memory_info().rss
     if base == "NF4":
         quantise_model(model)
     state = {name: each.clone() for name, each in load_file(folder / f"{base}.safetensors").items()}
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are no part of a state dict
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        model.config
+    )  # its buffers are no part of a state dict
     loaded = psutil.Process().memory_info().rss
     model = apply(model, method, None if method == "full" else SUBJECT.rank)
     with _Peak() as seen:

@@ -548,7 +548,7 @@ class Maker:
 
     def write_encoder(self, rows: list[dict]) -> dict:
         """encoder.json, a row a line, and encoder_spectra.safetensors."""
-        write_atomically(self.out / "encoder_spectra.safetensors", encoder.spectra(rows))
+        write_atomically(self.out / "encoder_spectra.safetensors", real_models.spectra(rows))
         made = (
             "singular values of ΔW of a sentence encoder tuned fully, gently and steeply, two seeds; float16"
         )

@@ -14,13 +14,21 @@ from lora_edu.data.functions import Function
 from lora_edu.data.published import PublishedError
 from lora_edu.data.runs import method_grid, tuned_method, tuned_rate
 from lora_edu.lora import lora_layers, save_adapter
-from lora_edu.recording import encoder
+from lora_edu.recording import encoder, real_models
 from lora_edu.recording.methods import name_of
 
 transformers = pytest.importorskip("transformers")
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] read write a file line def return open close name the".split()  # noqa: SIM905
 # A loss whose best rate is known: log2 of its distance from it.
 BEST = {"full": 3e-4, "lora": 5e-3, "lora attention": 1.6e-2, "lora MLP": 5e-3, "lora words": 4e-2}
+
+
+def tuned_of(rows):
+    return real_models.tuned(encoder.SUBJECT, rows, encoder.STEPS)
+
+
+def low_of(rows):
+    return real_models.how_low(encoder.SUBJECT, rows, encoder.STEPS)
 
 
 def test_every_grid_grows_until_its_best_lies_inside_then_come_seeds_and_the_two_ends_of_full_tuning():
@@ -42,10 +50,10 @@ def test_every_grid_grows_until_its_best_lies_inside_then_come_seeds_and_the_two
         }
         assert seeds == ({0, 1, 2} if rank == encoder.RANK else {0})
     full = tuned_rate(rows, encoder.TASK, "full", None, steps)
-    low = {(run["rate"], run["seed"]) for run in encoder.how_low(rows)}
+    low = {(run["rate"], run["seed"]) for run in low_of(rows)}
     assert low == {(float(f"{full * factor:.3g}"), seed) for factor in (0.25, 2) for seed in (0, 1)}
     assert low <= {(row["rate"], row["seed"]) for row in rows if row["method"] == "full"}
-    assert len(encoder.tuned(rows)) == len(encoder.RANKS) + 2 + 3 + 3 + 1
+    assert len(tuned_of(rows)) == len(encoder.RANKS) + 2 + 3 + 3 + 1
 
 
 @pytest.fixture
@@ -91,13 +99,13 @@ def test_a_run_is_done_once_and_what_it_left_gives_the_same_ranks(small, monkeyp
             row["validation"], abs=0.01
         )  # full tuning's ΔW is kept in half precision
     with monkeypatch.context() as patched:
-        patched.setattr(encoder, "train", None)
+        patched.setattr(real_models, "train", None)
         assert encoder.record(run, small) == row
 
     def explode(*args, **kwargs):
         raise FloatingPointError("step 3: loss nan")
 
-    monkeypatch.setattr(encoder, "train", explode)
+    monkeypatch.setattr(real_models, "train", explode)
     assert encoder.record(run_of("lora", 2, 99.0), small)["validation"] is None
 
 
@@ -117,7 +125,7 @@ def test_a_cut_to_the_full_rank_changes_nothing_and_to_none_leaves_biases_and_no
     assert len(row["sigma"]) == 13 and all(
         sigma == sorted(sigma, reverse=True) for sigma in row["sigma"].values()
     )
-    assert set(load(encoder.spectra([run | row]))) == {f"{name_of(run)}/{name}" for name in row["sigma"]}
+    assert set(load(real_models.spectra([run | row]))) == {f"{name_of(run)}/{name}" for name in row["sigma"]}
 
 
 def test_lora_sits_on_the_matrices_that_its_name_says(small):
@@ -173,9 +181,9 @@ def test_every_wanted_row_is_recorded_and_every_tuned_one_measured():
     assert [row["method"] for row in rows[:2]] == ["none", "bm25"]
     own = rows[2:]
     assert {name_of(row) for row in own} == {name_of(run) for run in encoder.wanted(own)}
-    assert {name_of(row) for row in encoder.tuned(own)} == {name_of(row) for row in own if "all" in row}
+    assert {name_of(row) for row in tuned_of(own)} == {name_of(row) for row in own if "all" in row}
     untuned, words = rows[:2]
-    for row in encoder.tuned(own):
+    for row in tuned_of(own):
         assert len(row["ranks"]) == len(untuned["ranks"]) == len(words["ranks"]) >= 1_500
         assert row["all"]["mrr"] == pytest.approx(
             sum(1 / r for r in row["ranks"]) / len(row["ranks"]), abs=1e-4
@@ -184,7 +192,7 @@ def test_every_wanted_row_is_recorded_and_every_tuned_one_measured():
         rate = tuned_rate(own, encoder.TASK, method, size, encoder.STEPS)
         assert rate is not None, (method, size)  # inside its grid, or between two that are
     low = [row for row in own if "cut" in row]
-    assert {name_of(row) for row in low} == {name_of(run) for run in encoder.how_low(own)}
+    assert {name_of(row) for row in low} == {name_of(run) for run in low_of(own)}
     spectra = load_encoder_spectra()
     assert set(spectra) == {name_of(row) for row in low}
     for row in low:
