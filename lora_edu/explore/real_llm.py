@@ -155,6 +155,7 @@ def five_cases(cases: Sequence[Case]) -> Explorer:
     )
 
 
+@plots.style()
 def draw_cases(figure: Figure, cases: Sequence[Case], r: int | None = None) -> str:
     """Share of the gain against r/width, of cut ΔW, and against trained numbers, of LoRA; returns the sentence.
 
