@@ -83,7 +83,9 @@ def docstring_writer(
         (about, number), row = found[function], rows[run]
         answer = row["answers"][number]
         shown = _cut(about["source"], COLUMNS, LINES)
-        plots.page_of_text(page, shown, f"{about['module']}: {function}", "", COLUMNS, LINES)
+        whole = f"{about['module']}: {function}"
+        title = whole if len(whole) <= COLUMNS else _cut(function, COLUMNS, 1)
+        plots.page_of_text(page, shown, title, "", COLUMNS, LINES)
         page.set_facecolor("white")
         _below(page, 62, "the library", about["summary"], plots.BLACK)
         _below(page, 18, run, _one_line(answer), plots.BLUE)

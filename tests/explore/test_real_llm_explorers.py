@@ -69,6 +69,25 @@ def test_what_is_written_is_said_with_its_loss_and_size_and_whether_it_ended():
         docstring_writer(ROWS, FUNCTIONS, ["C.f0", "C.f1"])
 
 
+def test_long_names_sources_and_answers_stay_within_the_picture():
+    long = {
+        "module": "a/long/path/to/a/module_of_the_library.py",
+        "name": "AClassWithALongName.and_a_method_with_one",
+    }
+    long |= {
+        "summary": "Return " + "many words " * 20,
+        "source": "def f(self):\n" + f"    x = {'y' * 90}\n" * 30,
+        "tokens": 24,
+    }
+    other = long | {"name": "AnotherClassWithAnEvenLongerName.and_a_method_with_a_much_longer_one"}
+    rows = [row | {"answers": ["wordwithoutend" * 9, "two\nlines"]} for row in ROWS]
+    explorer = docstring_writer(rows, [long, other])
+    assert not [picture.complaints for picture in explorer.pictures.values() if picture.complaints]
+    assert (
+        "writes “two ⏎ lines” and does not end there" in explorer.pictures["untuned", other["name"]].sentence
+    )
+
+
 def test_a_rank_is_said_for_every_case_and_full_tuning_is_no_cut():
     said = drawn("five cases").pictures[(8,)].sentence
     assert said.startswith(
