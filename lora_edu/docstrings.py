@@ -123,9 +123,8 @@ class AnswerBatches:
         some = order.split(BUCKET * self.batch)[bucket].tolist()
         some.sort(key=lambda i: len(self.pairs[i].prompt) + len(self.pairs[i].answer))
         batches = [some[i : i + self.batch] for i in range(0, len(some), self.batch)]
-        mixed = torch.randperm(
-            len(batches), generator=generator.manual_seed(1_000 * self.seed + step // BUCKET)
-        )
+        bucket += epoch * -(-self.steps_per_epoch // BUCKET)  # counted through all epochs
+        mixed = torch.randperm(len(batches), generator=generator.manual_seed(1_000 * self.seed + bucket))
         return batch_of([self.pairs[i] for i in batches[mixed[place]]])
 
 

@@ -18,7 +18,7 @@ from lora_edu.paths import REPOSITORY
 
 FLOORS = {
     1: ["paths", "text", "lowrank", "counting", "data", "resampling", "seeds", "timing"],
-    2: ["tinylm", "lora", "loss", "retrieval", "docstrings"],
+    2: ["tinylm", "lora", "loss", "retrieval", "docstrings", "five_cases"],
     3: ["training", "plots", "tuning"],
     4: ["explore", "exercises", "recording"],
     5: ["cli", "commands", "lab", "doctor", "notebooks", "delta", "adapters", "site", "guard"],

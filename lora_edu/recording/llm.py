@@ -268,9 +268,10 @@ def intruding(run: Mapping, folder: Path) -> dict:
     numbers = []
     for name, W in after.items():
         U, S, Vh = lowrank.svd(W)
-        unlike = (U[:, :STRONGEST].T @ lowrank.svd(base[name]).U).abs().amax(1) < INTRUDER
-        numbers.append(int(unlike.sum()))
-        those, others = unlike.nonzero().flatten(), (~unlike).nonzero().flatten()[: numbers[-1]]
+        unlike = (U.T @ lowrank.svd(base[name]).U).abs().amax(1) < INTRUDER
+        those = unlike[:STRONGEST].nonzero().flatten()
+        numbers.append(len(those))
+        others = (~unlike).nonzero().flatten()[: numbers[-1]]
         for what, some in (("scaled", those), ("control", others)):
             chosen[what][name] = (U[:, some] * S[some]) @ Vh[some]
     model = untuned()
