@@ -236,8 +236,10 @@ def check_11_4(answer: object) -> str:
 
 def check_11_5(answer: object) -> str:
     """A function interval(a, b) → (low, high) of the mean of a − b, from a paired bootstrap over the questions."""
-    hint = f"draw n questions {DRAWS:,} times with replacement; of the means of a − b the 2.5 and 97.5 % quantiles (with "
-        "fewer draws the bounds are too rough)."
+    hint = (
+        f"draw n questions {DRAWS:,} times with replacement; of the means of a − b the 2.5 and 97.5 % quantiles. With "
+        "fewer draws the bounds are too rough."
+    )
     if refused := no_function(5, answer, "a, b", hint):
         return refused
     hard = torch.randn(300, dtype=torch.float64)

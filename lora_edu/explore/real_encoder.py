@@ -92,7 +92,7 @@ def rank_and_matrices(rows: Sequence[Mapping], untuned: Mapping, bm25: Mapping) 
         loss = next(row["validation"] for row in grids[choice] if row["rate"] == chosen["rate"])
         left.plot(chosen["rate"], loss, "o", markersize=10, markerfacecolor="none", color=colour)
         left.set(xscale="log", xlabel="learning rate", ylabel="validation, nats a query")
-        left.set(ylim=(min(losses) - 0.03, max(losses) + 0.05))
+        left.set(ylim=(min(losses) - 0.03, max(*losses, untuned["validation"]) + 0.1))
         plots.mark_level(left, untuned["validation"], "untuned")
         left.set_title("rates tried" if len(grids[choice]) > 1 else "rate: between those of others")
         for key in order:
@@ -172,10 +172,15 @@ def how_low(
             if name != run:
                 left.plot(*place(share, WIDTH), color="#d0d0d0")
         left.plot(*place(shares[run], WIDTH), color=plots.VERMILION, marker="o", label=f"{run}, cut")
-        left.plot(*place(trained, WIDTH), color=plots.BLUE, marker="s", label="LoRA trained at r (of tuned full)")
+        left.plot(
+            *place(trained, WIDTH), color=plots.BLUE, marker="s", label="LoRA trained at r (of tuned full)"
+        )
         left.axvline(100 * max(r, 0.4) / WIDTH, color=plots.BLACK, linewidth=0.8)
         left.set(
-            xscale="log", xlabel="r in % of the width", ylabel="share of its run's gain", ylim=(lowest - 0.05, 1.2)
+            xscale="log",
+            xlabel="r in % of the width",
+            ylabel="share of its run's gain",
+            ylim=(lowest - 0.05, 1.2),
         )
         plots.plain_ticks(left.xaxis, (0.3, 1, 3, 10, 50))
         left.legend(fontsize=7, loc="lower right")

@@ -327,7 +327,9 @@ assert min(row["all"]["mrr"] for key in (("lora", RANK), ("full", None)) for row
 print(f"{LONG} steps: {longer['all']['mrr']:.3f}, in pools of 500 {longer['pool_500']:.3f} (one seed)")
 assert 0 < longer["all"]["mrr"] - mean([row["all"]["mrr"] for row in tuned["lora", RANK]]) < 0.01
 assert against.low < 0 < against.high < 0.01 and against.low > -0.01
-by_seed = [lora["all"]["mrr"] - full["all"]["mrr"] for lora, full in zip(tuned["lora", RANK], tuned["full", None])]
+by_seed = [
+    lora["all"]["mrr"] - full["all"]["mrr"] for lora, full in zip(tuned["lora", RANK], tuned["full", None])
+]
 assert [round(each, 3) for each in by_seed] == [0.004, -0.004, -0.01]
 assert min(losses["LoRA, r = 8"]) > max(losses["full tuning"])
 start, same_seed = untuned["all"]["loss"], tuned["lora", RANK][0]["all"]["loss"]
@@ -357,7 +359,9 @@ mrr = {key: mean([row["all"]["mrr"] for row in rows]) for key, rows in tuned.ite
 rates = {key: rows[0]["rate"] for key, rows in tuned.items()}
 gain = mrr["full", None] - untuned["all"]["mrr"]
 share_of = {key: (value - untuned["all"]["mrr"]) / gain for key, value in mrr.items()}
-nats = {key: untuned["all"]["loss"] - mean([row["all"]["loss"] for row in rows]) for key, rows in tuned.items()}
+nats = {
+    key: untuned["all"]["loss"] - mean([row["all"]["loss"] for row in rows]) for key, rows in tuned.items()
+}
 in_nats = {key: value / nats["full", None] for key, value in nats.items()}
 for key in sorted(mrr, key=lambda key: (list(NAMES).index(key[0]), key[1] or 0)):
     grid = method_grid(runs, "functions", *key, STEPS)
@@ -376,13 +380,23 @@ assert [round(100 * share) for share in shares] == [87, 93, 103, 98, 93]
 # %%
 wide = method_grid(runs, "functions", "lora", 64, STEPS)
 for row in wide:
-    print(f"r = 64, rate {row['rate']:<8g} validation {row['validation']:.3f} nats, MRR {row['validation_mrr']:.3f}")
-print(f"untuned                 validation {untuned['validation']:.3f} nats, MRR {untuned['validation_mrr']:.3f}")
+    print(
+        f"r = 64, rate {row['rate']:<8g} validation {row['validation']:.3f} nats, MRR {row['validation_mrr']:.3f}"
+    )
+print(
+    f"untuned                 validation {untuned['validation']:.3f} nats, MRR {untuned['validation_mrr']:.3f}"
+)
 on_validation = {row["rate"]: row["validation_mrr"] for row in wide}
 assert on_validation[0.0005] - min(on_validation[0.00025], on_validation[0.001]) < 0.003
-assert 0.04 < on_validation[0.0005] - on_validation[0.002] < 0.05 and on_validation[0.004] < untuned["validation_mrr"]
+assert (
+    0.04 < on_validation[0.0005] - on_validation[0.002] < 0.05
+    and on_validation[0.004] < untuned["validation_mrr"]
+)
 tiny = {r: load_regimes(method="lora", task="far", rank=r, seed=0) for r in (1, 8)}
-gained = {r: max(row["before"]["test"] - row["after"]["test"] for row in some if row["after"]) for r, some in tiny.items()}
+gained = {
+    r: max(row["before"]["test"] - row["after"]["test"] for row in some if row["after"])
+    for r, some in tiny.items()
+}
 assert 0.92 < in_nats["lora", 1] / in_nats["lora", 8] < 0.95 and 0.77 < gained[1] / gained[8] < 0.83
 
 # %% [markdown]

@@ -58,7 +58,7 @@ def drawn(name):
     if name == "runs":
         return rank_and_matrices(ROWS, NONE, BM25)
     small = {"TinyLM": {1: 0.3, 8: 0.8, 64: 0.99}}
-    return how_low(CUTS, gain_trained(ROWS, NONE, ROWS[1]), NONE, SPECTRA, small)
+    return how_low(CUTS, gain_trained(ROWS, NONE, [ROWS[1]]), NONE, SPECTRA, small)
 
 
 @pytest.mark.parametrize("name", ["runs", "how low"])
@@ -93,7 +93,9 @@ def test_shares_of_the_gain_count_from_the_untuned_encoder():
     assert gain_kept(CUTS["steep"], NONE) == pytest.approx({0: -0.1, 1: 0.2, 8: 0.5, 64: 0.9})
     assert gain_kept(CUTS["gentle"], NONE, "mrr")[1] == pytest.approx(0.5)
     full = method_runs(ROWS, "functions", 32)["full", None][0]
-    assert gain_trained(ROWS, NONE, full) == pytest.approx({1: 0.5 / 0.6, 4: 0.45 / 0.6, 8: 0.45 / 0.6})
+    assert gain_trained(ROWS, NONE, [full]) == pytest.approx({1: 0.5 / 0.6, 4: 0.45 / 0.6, 8: 0.45 / 0.6})
+    two = [full, full | {"quarter": {"loss": 1.6}}]  # means of seeds on both sides
+    assert gain_trained(ROWS, NONE, two)[1] == pytest.approx(1.0)
 
 
 def test_a_cut_is_said_in_nats_in_ranks_and_beside_what_was_trained():
