@@ -363,13 +363,12 @@ nats = {
     key: untuned["all"]["loss"] - mean([row["all"]["loss"] for row in rows]) for key, rows in tuned.items()
 }
 in_nats = {key: value / nats["full", None] for key, value in nats.items()}
+print(f"{'':29} {'numbers':>10}  rate (of how many)     MRR  gain, of full tuning's: MRR  nats")
 for key in sorted(mrr, key=lambda key: (list(NAMES).index(key[0]), key[1] or 0)):
-    grid = method_grid(runs, "functions", *key, STEPS)
-    tried = f"of {len(grid)} tried" if len(grid) > 1 else "between those of others"
-    print(
-        f"{called(*key):30} {tuned[key][0]['trained']:>10,} numbers  rate {rates[key]:<7g} {tried:24}", end=""
-    )
-    print(f"MRR {mrr[key]:.3f}, {share_of[key]:4.0%} of full tuning's gain; in nats {in_nats[key]:4.0%}")
+    tried = len(method_grid(runs, "functions", *key, STEPS))
+    print(f"{called(*key):29} {tuned[key][0]['trained']:>10,}  {rates[key]:<7g}", end=" ")
+    print(f"({tried})          " if tried > 1 else "interpolated ", end="")
+    print(f"{mrr[key]:6.3f} {share_of[key]:27.0%} {in_nats[key]:5.0%}")
 of_rank = {r: mrr["lora", r] for r in (1, 4, 8, 16, 64)}
 assert max(of_rank.values()) - min(of_rank.values()) < 0.01 < mrr["lora", 1] - mrr["lora words", 8]
 assert [round(rates["lora", r] / rates["full", None]) for r in (1, 8, 64)] == [80, 20, 5]
@@ -393,10 +392,7 @@ assert (
     and on_validation[0.004] < untuned["validation_mrr"]
 )
 tiny = {r: load_regimes(method="lora", task="far", rank=r, seed=0) for r in (1, 8)}
-gained = {
-    r: max(row["before"]["test"] - row["after"]["test"] for row in some if row["after"])
-    for r, some in tiny.items()
-}
+gained = {r: max(row["before"] - row["after"] for row in some if row["after"]) for r, some in tiny.items()}
 assert 0.92 < in_nats["lora", 1] / in_nats["lora", 8] < 0.95 and 0.77 < gained[1] / gained[8] < 0.83
 
 # %% [markdown]
@@ -498,7 +494,8 @@ if opened:
         took.append(time.monotonic() - began)
     assert sorted(took)[len(took) // 2] < 0.5  # both systems; a tenth of a second on a quiet laptop
 elif len(pairs["test"]) == len(untuned["ranks"]):
-    for i in (20, 420, 820):
+    both = list(zip(untuned["ranks"], recorded["ranks"]))
+    for i in [i for i, each in enumerate(both) if max(each) > 3 * min(each)][:300:60]:
         print(f"place {untuned['ranks'][i]} → {recorded['ranks'][i]} (recorded): {pairs['test'][i].summary}")
 assert box is not None or opened is None
 box
@@ -584,7 +581,7 @@ assert kept["TinyLM, far, gentle"][1] > 0.4 > 0.1 > kept["TinyLM, far, steep"][1
 # 55 %, *up* 70 %) can be cut from all matrices at once, and at most 2 % of the gain in nats is lost.
 #
 # **Trained at $r$** (on this quarter of the test pairs; one seed, of rank 8 and of full tuning three), LoRA reaches 87 % of
-# tuned full tuning's gain in nats at $r = 1$ and 93 to 109 % above.
+# tuned full tuning's gain in nats at $r = 1$ and 93 to 108 % above.
 #
 # Which kind of matrix carries the tuning? Here one kind alone is cut to $r = 8$, and all others keep everything.
 
