@@ -8,13 +8,13 @@
 # # 12 · A real language model
 #
 # SmolLM2-135M-Instruct is a Llama of 30 layers and width 576 that answers questions. We teach it to write the first line of
-# a function's docstring. Does LoRA learn it as well as full tuning? What becomes of the rest that the model knew? What does a
-# base in four bits save, and what does it cost? And then the question that the course began with: how low is low?
+# a function's docstring. Does LoRA learn it as well as full tuning? What becomes of the rest that the model knew? What does
+# a base in four bits save, and what does it cost? And then the question that the course began with: how low is low?
 #
-# **Afterwards you can** train a chat model on answers alone and say what each of three measures leaves out; tune it with LoRA
-# on a laptop; save a model with a tied table so that nothing is lost; say what a training step holds in memory; write NF4 with
-# double quantisation and put LoRA on it; find out whether intruder dimensions are what makes a model forget; say how much rank a
-# tuning needs, and for which models that was measured.
+# **Afterwards you can** train a chat model on answers alone and say what each of three measures leaves out; tune it with
+# LoRA on a laptop; save a model with a tied table so that nothing is lost; say what a training step holds in memory; write
+# NF4 with double quantisation and put LoRA on it; find out whether intruder dimensions are what makes a model forget; say
+# how much rank a tuning needs, and for which models that was measured.
 #
 # **You should know** chapters 03 (gain, truncation), 05 (LoRA, $s$), 06 (tied tables), 07 (rates, intruders) and 11.
 # **Time:** 60 minutes to read, five to run; without the model, half a minute.
@@ -56,8 +56,8 @@ mean = lambda values: sum(values) / len(values)
 
 # %% [markdown]
 # The model is not part of the course. `lora-edu data --published HuggingFaceTB/SmolLM2-135M-Instruct` gets it once (91 MB,
-# a GGUF file in four bits); a copy in the model hub's cache will do, too. Without it every cell runs all the same, and shows
-# what was recorded.
+# a GGUF file in four bits); a copy in the model hub's cache will do, too. Without it every cell runs all the same, and
+# shows what was recorded.
 
 # %% tags=["nbval-ignore-output"]
 try:
@@ -72,9 +72,9 @@ assert opened is None or sum(p.numel() for p in model.parameters()) == 134_515_0
 # %% [markdown]
 # ## 1 · From a function to a sentence
 #
-# Chapter 11 went from the sentence to the function. Here the model reads the function, without its docstring, and is asked for
-# the sentence. The functions and the split are the same: a module is in one split, and a sentence that stands in training is
-# not tested. Answers of more than 24 tokens are left out, and of a source the first 96 tokens are read.
+# Chapter 11 went from the sentence to the function. Here the model reads the function, without its docstring, and is asked
+# for the sentence. The functions and the split are the same: a module is in one split, and a sentence that stands in
+# training is not tested. Answers of more than 24 tokens are left out, and of a source the first 96 tokens are read.
 
 # %%
 written = [each for each in functions if "source" in each]  # every third: docstrings are written for these
@@ -83,12 +83,13 @@ print(docstrings.QUESTION + one["source"][:160] + " …" + docstrings.TURN + one
 assert len(functions) == 192 and len(written) == 64
 
 # %% [markdown]
-# That is ChatML, the format that this model was taught: a question of the *user*, an answer of the *assistant*, and a token that ends
-# each. The answer's end is part of the answer: a model that doesn't learn it goes on writing.
+# That is ChatML, the format that this model was taught: a question of the *user*, an answer of the *assistant*, and a token
+# that ends each. The answer's end is part of the answer: a model that doesn't learn it goes on writing.
 #
-# **The loss counts on the answer alone.** The model reads question and source as well, but it shall not learn to write them.
-# So the logits are made at those places only whose *next* token is one of the answer. With 49 152 tokens in the vocabulary this saves
-# room, too: at all places of 8 texts of 128 tokens they would be 201 MB. Here on a tiny Llama with random weights:
+# **The loss counts on the answer alone.** The model reads question and source as well, but it shall not learn to write
+# them. So the logits are made at those places only whose *next* token is one of the answer. With 49 152 tokens in the
+# vocabulary this saves room, too: at all places of 8 texts of 128 tokens they would be 201 MB. Here on a tiny Llama with
+# random weights:
 
 # %%
 shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -110,12 +111,12 @@ assert torch.allclose(ours, theirs) and (everywhere - theirs).abs() > 1e-3
 # %% [markdown]
 # How good is an answer? Three measures, and each misleads alone.
 #
-# - **Nats a token** of the right answer, given the right tokens before it. It is exact and has little noise, but the model never
-#   writes a word: one that begins every answer with 'Sure!' may have a good loss.
-# - **chrF** (Popović 2015) compares what the model writes with the reference: how many runs of one to six characters the two share.
-#   But there is one reference, and 'Delete the file' shares little with 'Remove this path'.
-# - **The share of one-line imperative answers** asks for the form of PEP 257 ('Return …', not 'This function returns …'), whatever the
-#   line says.
+# - **Nats a token** of the right answer, given the right tokens before it. It is exact and has little noise, but the model
+#   never writes a word: one that begins every answer with 'Sure!' may have a good loss.
+# - **chrF** (Popović 2015) compares what the model writes with the reference: how many runs of one to six characters the
+#   two share. But there is one reference, and 'Delete the file' shares little with 'Remove this path'.
+# - **The share of one-line imperative answers** asks for the form of PEP 257 ('Return …', not 'This function returns …'),
+#   whatever the line says.
 
 
 # %%
@@ -159,9 +160,9 @@ assert figures["'Return the value.'"][1] == 1 and figures["the reference"][0] > 
 assert figures["another's line"][0] < 25  # TODO bound
 
 # %% [markdown]
-# (The record's chrF is sacrebleu's; the lines above give the same.) 'Return the value.' has the best form of all, and another function's
-# line gets a chrF of «…» for English letters and the word 'the' alone. Of the references themselves «…» % are imperative by our list of
-# verbs: more than that cannot be learnt from them.
+# (The record's chrF is sacrebleu's; the lines above give the same.) 'Return the value.' has the best form of all, and
+# another function's line gets a chrF of «…» for English letters and the word 'the' alone. Of the references themselves «…»
+# % are imperative by our list of verbs: more than that cannot be learnt from them.
 
 # %%
 explore.predict(
@@ -189,15 +190,16 @@ def beside(answers):
 
 print("written now, untuned" if opened else "recorded, untuned")
 print(beside(before))
-assert not opened or before == [untuned["answers"][i] for i in picked] or not opened.source.gguf
+as_recorded = [text == untuned["answers"][i] for text, i in zip(before, picked, strict=True)]
+assert sum(as_recorded) >= 3 or not opened.source.gguf  # the hub's weights are others
 
 # %% [markdown]
 # No more than 32 tokens are written, always the likeliest one (greedy). An answer without `<|im_end|>` was cut off there.
 #
 # ## 2 · LoRA, here and now
 #
-# LoRA of rank 8 on all linear layers, the four of attention and the three of the MLP; the table, which is also the head, is left as it is.
-# $s = 1$, 24 steps of 8 pairs: 192 answers, less than a tenth of those that there are.
+# LoRA of rank 8 on all linear layers, the four of attention and the three of the MLP; the table, which is also the head, is
+# left as it is. $s = 1$, 24 steps of 8 pairs: 192 answers, less than a tenth of those that there are.
 
 # %%
 explore.predict(
@@ -232,6 +234,7 @@ if opened:
         f"{STEPS} steps in {history.seconds:.0f} s; loss {first:.2f} in the first five, {last:.2f} in the last"
     )
     assert sum(p.numel() for p in trained) == recorded["trained"] and last < first
+    assert BATCH * STEPS < 0.1 * len(pairs)
 else:
     print(f"without the model; recorded with one thread: {recorded['seconds']:.0f} s")
 
@@ -244,7 +247,11 @@ if opened:
     gained = paired_bootstrap(nats_before / counts.mean(), nats_after / counts.mean())
     print(f"{losses[0]:.3f} → {losses[1]:.3f} nats a token on {len(tested)} answers:", end=" ")
     print(f"−{gained.difference:.3f} (−{gained.high:.3f} to −{gained.low:.3f})")
-    assert gained.low > 0.1  # TODO bound
+    same = docstrings.spread(docstrings.spread(range(len(functions)), len(written)), len(tested))
+    of_record = sum(untuned["nats"][i] for i in same) / sum(functions[i]["tokens"] for i in same)
+    assert gained.low > 0.1 and abs(losses[0] - of_record) < (
+        0.01 if opened.source.gguf else 0.3
+    )  # TODO bound
 else:
     print(
         f"recorded: {untuned['test']:.3f} → {recorded['test']:.3f} nats a token on {len(functions)} answers"
@@ -252,10 +259,10 @@ else:
 print(beside(after))
 
 # %% [markdown]
-# Each answer is drawn with its number of tokens held fixed (the interval is that of $\sum \Delta_i / \bar t$; exercise 5 draws the tokens
-# too). «What the five look like now: one line each, imperative; what they get wrong.»
+# Each answer is drawn with its number of tokens held fixed (the interval is that of $\sum \Delta_i / \bar t$; exercise 5
+# draws the tokens too). «What the five look like now: one line each, imperative; what they get wrong.»
 #
-# Here are all 64 of them, for every run that was recorded.
+# Seven other functions, and what each recorded run writes for them:
 
 # %%
 explore.docstring_writer([untuned, *runs], functions)
@@ -263,8 +270,8 @@ explore.docstring_writer([untuned, *runs], functions)
 # %% [markdown]
 # ## 3 · Against full tuning
 #
-# Full tuning moves all 134.5 million numbers, at rates of its own. All runs read the same 24 batches; rates were chosen on 64 answers of
-# validation modules, and the figures are those of 192 answers of test modules.
+# Full tuning moves all 134.5 million numbers, at rates of its own. All runs read the same 24 batches; rates were chosen on
+# 64 answers of validation modules, and the figures are those of 192 answers of test modules.
 
 # %%
 explore.predict(
@@ -303,10 +310,10 @@ assert (
 assert abs(against.difference) < 0.1  # TODO bound: against.low < 0 < against.high, or the other way
 
 # %% [markdown]
-# LoRA of rank 8 takes the loss from «…» to «…» nats a token, full tuning to «…» (means of three seeds); the interval of the difference is
-# «…» to «…». «Which of the two is better, or that these runs do not tell.» As in chapter 11 the answers of one module resemble one another, so the
-# interval is rather too narrow. The imperative share goes from «…» % to «…» %: the form is learnt at once, and chrF says that more than the form is learnt:
-# «…» instead of «…».
+# LoRA of rank 8 takes the loss from «…» to «…» nats a token, full tuning to «…» (means of three seeds); the interval of the
+# difference is «…» to «…». «Which of the two is better, or that these runs do not tell.» As in chapter 11 the answers of
+# one module resemble one another, so the interval is rather too narrow. The imperative share goes from «…» % to «…» %: the
+# form is learnt at once, and chrF says that more than the form is learnt: «…» instead of «…».
 #
 # Which rank, which rate, which matrices?
 
@@ -342,20 +349,21 @@ assert max(of_rank) - min(of_rank) < 0.1  # TODO bound
 assert share_of["lora table", RANK] < min(share_of["lora attention", RANK], share_of["lora MLP", RANK])
 
 # %% [markdown]
-# **The rank.** From 1 to 64 all end between «…» and «…» nats a token. Three seeds of rank 8 lie between «…» and «…»: «these runs tell the ranks
-# apart, or not. Does rank 1 do?»
+# **The rank.** From 1 to 64 all end between «…» and «…» nats a token. Three seeds of rank 8 lie between «…» and «…»: «these
+# runs tell the ranks apart, or not. Does rank 1 do?»
 #
-# **The rate.** LoRA's best rates are 40, «…» and 10 times full tuning's at $r$ = 1, 8 and 64 (chapter 11: 80, 20 and 5). «'Ten times' is right for
-# one rank, and which one that is depends on the model.»
+# **The rate.** LoRA's best rates are 40, «…» and 10 times full tuning's at $r$ = 1, 8 and 64 (chapter 11: 80, 20 and 5).
+# «'Ten times' is right for one rank, and which one that is depends on the model.»
 #
-# **The matrices.** At $r = 8$ attention alone gets «…» % of full tuning's gain with 921 600 numbers, the MLP alone «…» % with 1 520 640, the table
-# alone «…» % with 397 824. (One model, one task, one seed each.)
+# **The matrices.** At $r = 8$ attention alone gets «…» % of full tuning's gain with 921 600 numbers, the MLP alone «…» %
+# with 1 520 640, the table alone «…» % with 397 824. (One model, one task, one seed each.)
 #
 # ## 4 · The tied table
 #
-# In this model the table of the embedding *is* the weight of the head: one tensor of 49 152 × 576 with two uses. `all-linear` leaves it out,
-# and for a reason. With LoRA on the embedding, a token's row as it is read becomes $W + \Delta W$, and as it is written stays $W$: one table can't hold both.
-# So the package refuses, unless told that the two shall part.
+# In this model the table of the embedding *is* the weight of the head: one tensor of 49 152 × 576 with two uses.
+# `all-linear` leaves it out, and for a reason. With LoRA on the embedding, a token's row as it is read becomes
+# $W + \Delta W$, and as it is written stays $W$: one table can't hold both. So the package refuses, unless told that the
+# two shall part.
 
 # %%
 x = torch.randint(300, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -375,8 +383,9 @@ with torch.no_grad():  # as if it had been trained
 assert tiny.lm_head.weight is not tiny.model.embed_tokens.weight and torch.equal(merged, wanted)
 
 # %% [markdown]
-# Merged, the model has two tables, and its logits are those of the adapter, bit for bit. Now it is saved. The file holds both tables. But the config still says
-# `tie_word_embeddings: true`, and a program that believes it puts both into one place.
+# Merged, the model has two tables, and its logits are those of the adapter, bit for bit. Now it is saved. The file holds
+# both tables. But the config still says `tie_word_embeddings: true`, and a program that believes it puts both into one
+# place.
 
 # %%
 folder = user_folder("chapter_12")
@@ -405,9 +414,10 @@ with quiet(), torch.no_grad():
 assert off[False] == 0 and off[True] > 0.1
 
 # %% [markdown]
-# Nothing warns of it: the file is whole, the model opens, and writes nonsense. That was transformers' own way until it learnt to compare the two tables
-# ([transformers #45127](https://github.com/huggingface/transformers/issues/45127)); converters and other programs still trust the config. With `tie_word_embeddings = False` both tables
-# come back, bit for bit. The price is a second table: 28.3 million numbers here, a fifth of the model.
+# Nothing warns of it: the file is whole, the model opens, and writes nonsense. That was transformers' own way until it
+# learnt to compare the two tables ([transformers #45127](https://github.com/huggingface/transformers/issues/45127));
+# converters and other programs still trust the config. With `tie_word_embeddings = False` both tables come back, bit for
+# bit. The price is a second table: 28.3 million numbers here, a fifth of the model.
 #
 # What does PEFT do? It merges into the weight that is there, and the head has the same one.
 
@@ -434,7 +444,8 @@ print(
 assert still_one == (off > 0.1)  # as long as there is one table, merging has moved the head, too
 
 # %% [markdown]
-# ([peft #2018](https://github.com/huggingface/peft/issues/2018): since then it warns.) With the real model, the whole way: LoRA on its table, merged, saved, opened again.
+# ([peft #2018](https://github.com/huggingface/peft/issues/2018): since then it warns.) With the real model, the whole way:
+# LoRA on its table, merged, saved, opened again.
 
 # %% tags=["nbval-ignore-output"]
 off = None
@@ -465,9 +476,9 @@ assert off is None or off < 1e-3
 # %% [markdown]
 # ## 5 · What a training step holds
 #
-# The rank is small, the file is small: what of a training step's memory goes with it? A step holds the weights; the gradients and Adam's two
-# means, for what is trained; and the activations that the backward pass needs, which grow with the texts. On paper (chapter 04), for 8 texts
-# of 128 tokens:
+# The rank is small, the file is small: what of a training step's memory goes with it? A step holds the weights; the
+# gradients and Adam's two means, for what is trained; and the activations that the backward pass needs, which grow with the
+# texts. On paper (chapter 04), for 8 texts of 128 tokens:
 
 # %%
 LINEAR, TABLE = 106_168_320, 49_152 * 576  # numbers in the linear layers; in the table
@@ -488,13 +499,17 @@ print(
     f"full, float32 {weights['float32'] / 1e6:14.0f} {about:18.0f} {(full.activations - logits) / 1e6:13.0f}"
 )
 assert full.gradients + full.optimiser > 50 * (small.gradients + small.optimiser)
-assert weights["float32"] - weights["NF4"] < 0.4 * activations["float32"]
+assert (
+    round((weights["float32"] - weights["NF4"]) / 1e6) == 370
+    and activations["float32"] > 2 * weights["float32"]
+)
 assert weights["NF4"] < weights["bfloat16"] and 4 * TABLE > 0.6 * weights["NF4"]
 
 # %% [markdown]
-# What LoRA saves is the gradients and Adam's means: 1 614 MB become 29. What four bits save is what the base weighs, 369 MB of 538; the table and the norms stay in float32, and
-# are two thirds of what is left. Neither touches the activations, and in a model of this size with 1 024 tokens in a step they are the largest part. In a model
-# of 65 billion parameters the weights are: there four bits decide whether it fits at all (QLoRA, section 1).
+# What LoRA saves is the gradients and Adam's means: 1 614 MB become 29. What four bits save is what the base weighs, 370 MB
+# of 538; the table and the norms stay in float32, and are two thirds of what is left. Neither touches the activations, and
+# in a model of this size with 1 024 tokens in a step they are the largest part. In a model of 65 billion parameters the
+# weights are: there four bits decide whether it fits at all (QLoRA, section 1).
 #
 # So much on paper. Measured, in a fresh process each, over what the process held before it read the base:
 
@@ -512,17 +527,20 @@ assert (
 )  # TODO bound: and how bfloat16 compares
 
 # %% [markdown]
-# LoRA on the float32 base took «…» MB at its peak, full tuning «…» MB. With the NF4 base it was «…» MB, «…» less, though the base is 369 MB lighter: «what the decoding
-# of a layer needs comes and goes on top». The bfloat16 base, of which the activations are in half precision too, took «…» MB. (One batch of 8 pairs, one thread, torch's CPU kernels; peaks
-# of resident memory, looked at a hundred times a second.)
+# LoRA on the float32 base took «…» MB at its peak, full tuning «…» MB. With the NF4 base it was «…» MB, «…» less, though
+# the base is 370 MB lighter: «what the decoding of a layer needs comes and goes on top». The bfloat16 base, of which the
+# activations are in half precision too, took «…» MB. (One batch of 8 pairs, one thread, torch's CPU kernels; peaks of
+# resident memory, looked at a hundred times a second.)
 #
 # ## 6 · QLoRA in earnest
 #
-# Dettmers et al. (2023) store the frozen $W$ in four bits and train LoRA on top. Three ideas are in it: levels that fit a normal distribution
-# (NF4), scales that are quantised themselves (double quantisation), and $W$ decoded only where it is used.
+# Dettmers et al. (2023) store the frozen $W$ in four bits and train LoRA on top. Three ideas are in it: levels that fit a
+# normal distribution (NF4), scales that are quantised themselves (double quantisation), and $W$ decoded only where it is
+# used.
 #
-# **NF4.** A block of 64 numbers is divided by its largest magnitude. Each number then becomes the nearest of sixteen levels, which are quantiles of the normal
-# distribution: so many of them near zero as there are weights. Zero is a level of its own.
+# **NF4.** A block of 64 numbers is divided by its largest magnitude. Each number then becomes the nearest of sixteen
+# levels, which are quantiles of the normal distribution: so many of them near zero as there are weights. Zero is a level of
+# its own.
 
 # %%
 levels = quant.normal_levels()
@@ -550,8 +568,8 @@ assert torch.equal(scales, theirs.scales) and torch.equal(
 print(f"the package's codes, all {codes.numel():,}; {theirs.bits:.3f} bits a number")
 
 # %% [markdown]
-# **Double quantisation.** A scale in float32 for each 64 numbers costs half a bit a number. The scales are positive and alike, so their mean is taken off, and each 256 of them
-# are stored in eight bits with one scale of their own.
+# **Double quantisation.** A scale in float32 for each 64 numbers costs half a bit a number. The scales are positive and
+# alike, so their mean is taken off, and each 256 of them are stored in eight bits with one scale of their own.
 
 # %%
 levels_8 = quant.dynamic_levels()  # 256 levels, finer towards zero
@@ -577,7 +595,8 @@ print(
 assert round(double.bits, 3) == 4.127 and (back / scales - 1).abs().mean() < 0.01
 
 # %% [markdown]
-# bitsandbytes, which made NF4 known, gives the same codes: the tests compare them where it is installed, and so does this cell.
+# bitsandbytes, which made NF4 known, gives the same codes: the tests compare them where it is installed, and so does this
+# cell.
 
 # %% tags=["nbval-ignore-output"]
 try:
@@ -622,10 +641,13 @@ assert 0.0915 < plain < doubled < 0.0925 and doubled / plain < 1.001 and 1.07 < 
 assert q4_1 < q4_0 < short < 0.088 and short < 0.96 * doubled
 
 # %% [markdown]
-# The second quantisation costs nothing that can be seen, and saves three eighths of a bit. Even levels err by a tenth more at the same bits. Shorter blocks help as well: GGUF's are of 32 numbers, and with such blocks NF4 takes 4.25 bits. GGUF's Q4_1, with a minimum for each
-# block, errs least, and takes five. (One normal matrix; what TinyLM's own matrices lose is in `benchmarks/results/quantised.json`.)
+# The second quantisation costs nothing that can be seen, and saves three eighths of a bit. Even levels err by a tenth more
+# at the same bits. Shorter blocks help as well: GGUF's are of 32 numbers, and with such blocks NF4 takes 4.25 bits. GGUF's
+# Q4_1, with a minimum for each block, errs least, and takes five. (One normal matrix; what TinyLM's own matrices lose is in
+# `benchmarks/results/quantised.json`.)
 #
-# **LoRA on four bits.** The layer's output is $\hat W x + s\,B A x$. The gradient goes through $\hat W$, and only $A$ and $B$ get one.
+# **LoRA on four bits.** The layer's output is $\hat W x + s\,B A x$. The gradient goes through $\hat W$, and only $A$ and
+# $B$ get one.
 
 # %%
 torch.manual_seed(0)
@@ -644,7 +666,8 @@ print(f"stored: {packed.quantised.nbytes:,} bytes instead of {float_layer.weight
 assert [name for name, _ in layer.named_parameters()] == ["lora_A", "lora_B"]
 
 # %% [markdown]
-# `decoded` stood whole here, to be compared. The layer itself decodes a few rows at a time, forwards and again backwards. `benchmarks/quantised.py` measured what that is worth:
+# `decoded` stood whole here, to be compared. The layer itself decodes a few rows at a time, forwards and again backwards.
+# `benchmarks/quantised.py` measured what that is worth:
 
 # %%
 record = json.loads((REPOSITORY / "benchmarks" / "results" / "quantised.json").read_text(encoding="utf-8"))
@@ -663,7 +686,8 @@ assert peaks["NF4"] < 0.3 * peaks["NF4, decoded whole"] and peaks["NF4"] < 0.5 *
 assert 1 < slower["NF4"][1] < 1.5 < slower["NF4"][0] < 3
 
 # %% [markdown]
-# Four bits are slower, not faster: $W$ has to be decoded each time, a third more time with 256 rows of $x$, two and a half times as much with 16. (One thread of a CPU, one record.)
+# Four bits are slower, not faster: $W$ has to be decoded each time, a third more time with 256 rows of $x$, two and a half
+# times as much with 16. (One thread of a CPU, one record.)
 #
 # **Merging.** $W + \Delta W$ does not lie on $\hat W$'s levels. What happens if it is put there?
 
@@ -698,11 +722,14 @@ assert torch.equal(lora.dequantise(layer.quantised), decoded)
 assert swallowed[0] > 1.2 and unchanged[0] > 0.999 and 0.25 < swallowed[2] < 0.45
 
 # %% [markdown]
-# A small $\Delta W$ moves no number as far as the next level: every code stays, and nothing of $\Delta W$ is there. The blocks' scales are rounded to eight bits anew, which adds an error of their own, so that the merged layer is farther from $W + \Delta W$ than $\hat W$ was. Hence merging is refused, unless one insists. Keep the
-# adapter beside its base. Or merge into the float model; but that is another base than the adapter was trained on.
+# A small $\Delta W$ moves no number as far as the next level: every code stays, and nothing of $\Delta W$ is there. The
+# blocks' scales are rounded to eight bits anew, which adds an error of their own, so that the merged layer is farther from
+# $W + \Delta W$ than $\hat W$ was. Hence merging is refused, unless one insists. Keep the adapter beside its base. Or merge
+# into the float model; but that is another base than the adapter was trained on.
 #
-# **GGUF's blocks as a base.** The file that this chapter opened holds four bits already (Q4_1), and transformers decodes them into float32. `quantise_from_gguf` puts the blocks
-# themselves into the layers, none rounded again: the same model, in less memory.
+# **GGUF's blocks as a base.** The file that this chapter opened holds four bits already (Q4_1), and transformers decodes
+# them into float32. `quantise_from_gguf` puts the blocks themselves into the layers, none rounded again: the same model, in
+# less memory.
 
 # %% tags=["nbval-ignore-output"]
 if opened and opened.source.gguf:
@@ -744,7 +771,8 @@ else:
     print("without the GGUF file: nothing to merge")
 
 # %% [markdown]
-# «Of the gain of … nats … are left.» And what does NF4 cost this model? The base recorded in NF4 was rounded a second time, from the decoded Q4_1, so that both roundings are in it.
+# «Of the gain of … nats … are left.» And what does NF4 cost this model? The base recorded in NF4 was rounded a second time,
+# from the decoded Q4_1, so that both roundings are in it.
 
 # %%
 rows = {"untuned": untuned, "untuned, NF4": untuned_nf4}
@@ -762,12 +790,13 @@ assert cost.difference > 0 and max(row["test"] for row in nf4_runs) < untuned["t
 assert {row["rate"] for row in nf4_runs} == {rates["lora", RANK]}
 
 # %% [markdown]
-# NF4 costs the untuned model «…» nats a token («…» to «…»). LoRA trained on it ends «…» behind LoRA on the float base («…» to «…», means of two seeds, the float one's rate):
-# «training makes up for a part of the rounding / for none of it».
+# NF4 costs the untuned model «…» nats a token («…» to «…»). LoRA trained on it ends «…» behind LoRA on the float base («…»
+# to «…», means of two seeds, the float one's rate): «training makes up for a part of the rounding / for none of it».
 #
 # ## 7 · What is forgotten
 #
-# The model could do more than docstrings. Two other texts stand for that: prose (the language's manual) and code (test modules), 16 pieces of 256 tokens each.
+# The model could do more than docstrings. Two other texts stand for that: prose (the language's manual) and code (test
+# modules), 16 pieces of 256 tokens each.
 
 # %%
 explore.predict(
@@ -788,10 +817,13 @@ for key in [("lora", r) for r in SUBJECT.ranks] + [("full", None)]:
 assert all(abs(each[text]) < 0.3 for each in moved.values() for text in ("prose", "code"))  # TODO bound
 
 # %% [markdown]
-# «LoRA of r = 8 and full tuning end with gains that are alike (… and …), so they can be compared: on prose LoRA …, full tuning …; on code …. Does LoRA forget less? Biderman et al. 2024 found so at gains that were not equal.»
+# «LoRA of r = 8 and full tuning end with gains that are alike (… and …), so they can be compared: on prose LoRA …, full
+# tuning …; on code …. Does LoRA forget less? Biderman et al. 2024 found so at gains that were not equal.»
 #
-# **Is it the intruders?** Chapter 07 found that LoRA leaves *intruders*, strong singular directions of $W + \Delta W$ that are unlike any of $W$. Shuttleworth et al. (2024) say that these are what forgets, and test it: scale
-# them down, and look at both, the task and the rest. Such a test needs a control: as many strong directions that are no intruders, scaled likewise. $\lambda = 1$ is the tuned model, at $\lambda = 0$ the directions are gone.
+# **Is it the intruders?** Chapter 07 found that LoRA leaves *intruders*, strong singular directions of $W + \Delta W$ that
+# are unlike any of $W$. Shuttleworth et al. (2024) say that these are what forgets, and test it: scale them down, and look
+# at both, the task and the rest. Such a test needs a control: as many strong directions that are no intruders, scaled
+# likewise. $\lambda = 1$ is the tuned model, at $\lambda = 0$ the directions are gone.
 
 # %%
 looked_at = [row for row in runs if "intruders" in row]
@@ -818,12 +850,15 @@ assert all(
 )  # TODO bound
 
 # %% [markdown]
-# LoRA leaves «…» intruders a matrix at its tuned rate and «…» at its steepest, full tuning «…» and «…». «Scaled down to nothing, they take … of the task's gain with them, and prose … and code …: causal or not, as in the paper.» The control shows what
-# as many ordinary directions of the same matrices carry: without them «…». (One seed, $|\cos| < 0.5$ among the ten strongest.)
+# LoRA leaves «…» intruders a matrix at its tuned rate and «…» at its steepest, full tuning «…» and «…». «Scaled down to
+# nothing, they take … of the task's gain with them, and prose … and code …: causal or not, as in the paper.» The control
+# shows what as many ordinary directions of the same matrices carry: without them «…». (One seed, $|\cos| < 0.5$ among the
+# ten strongest.)
 #
 # ## 8 · How low is low?
 #
-# Full tuning at a quarter of its tuned rate (gentle) and at twice it (steep), two seeds each; then every matrix of $\Delta W$ is cut to $r$, the table too. The norms keep all of theirs. The figure is the loss on 96 of the test answers.
+# Full tuning at a quarter of its tuned rate (gentle) and at twice it (steep), two seeds each; then every matrix of
+# $\Delta W$ is cut to $r$, the table too. The norms keep all of theirs. The figure is the loss on 96 of the test answers.
 
 # %%
 explore.predict(
@@ -858,12 +893,15 @@ assert all(each[1] < each[8] < 1.05 for each in kept.values())  # TODO bound
 assert min(learnt.values()) > 0.8  # TODO bound
 
 # %% [markdown]
-# **Cut.** «Gently tuned it keeps … at r = 1 and … at r = 8, 1.4 % of the width; steeply tuned … and … (two seeds).» «What is not cut, the norms, alone holds … %.»
+# **Cut.** «Gently tuned it keeps … at r = 1 and … at r = 8, 1.4 % of the width; steeply tuned … and … (two seeds).» «What
+# is not cut, the norms, alone holds … %.»
 #
-# **Trained.** LoRA at $r = 1$ reaches «…» % of tuned full tuning's gain on the same answers, though cut to one direction the full tuning's own $\Delta W$ keeps «…»: training at a rank is not cutting to it. It looks for the best $\Delta W$ of that rank; a cut takes the
-# strongest part of another one.
+# **Trained.** LoRA at $r = 1$ reaches «…» % of tuned full tuning's gain on the same answers, though cut to one direction
+# the full tuning's own $\Delta W$ keeps «…»: training at a rank is not cutting to it. It looks for the best $\Delta W$ of
+# that rank; a cut takes the strongest part of another one.
 #
-# **Energy is not gain.** «In its first 8 directions the steep ΔW has … % of the queries' energy, and keeps … % of the gain.»
+# **Energy is not gain.** «In its first 8 directions the steep ΔW has … % of the queries' energy, and keeps … % of the
+# gain.»
 #
 # One kind of matrix alone cut to $r = 8$, all others whole:
 
@@ -891,8 +929,9 @@ plots.show(
 #
 # ## 9 · Five cases
 #
-# The course asked this question of five tunings: TinyLM on a far and on a near task (chapter 03), a published fine-tune of a BERT on reactions (chapter 03), the encoder (chapter 11), and this model. Here they are side by side, against $r$ as a share of the width and against $r$ in
-# numbers: $\Delta W$ of full tuning cut to $r$, and LoRA trained at $r$.
+# The course asked this question of five tunings: TinyLM on a far and on a near task (chapter 03), a published fine-tune of
+# a BERT on reactions (chapter 03), the encoder (chapter 11), and this model. Here they are side by side, against $r$ as a
+# share of the width and against $r$ in numbers: $\Delta W$ of full tuning cut to $r$, and LoRA trained at $r$.
 
 # %%
 five = cases()
@@ -910,7 +949,8 @@ assert [case.width for case in five] == [100, 100, 256, 384, 576]
 assert all(row["trained"] is None or row["trained"] > 0.5 for row in at[8].values())  # TODO bound
 
 # %% [markdown]
-# «What is the same in all five; what is not. At r / width = 1 % …; at r = 8 …. Is the update of a larger pre-trained model lower-rank?»
+# «What is the same in all five; what is not. At r / width = 1 % …; at r = 8 …. Is the update of a larger pre-trained model
+# lower-rank?»
 #
 # Which sentences of chapters 03 and 07 hold beyond TinyLM?
 #
@@ -926,21 +966,27 @@ assert all(row["trained"] is None or row["trained"] > 0.5 for row in at[8].value
 #
 # ## What to remember
 #
-# - The loss counts on the answer alone, its end included, and logits are made at those places only. Nats a token, chrF and the share of the right form each mislead alone.
-# - LoRA of rank 8 trains 1.8 % of the numbers, in a file of 9.8 MB, and takes the loss from «…» to «…» in 24 steps; the interval of the difference to full tuning is «…» to «…» (three seeds).
+# - The loss counts on the answer alone, its end included, and logits are made at those places only. Nats a token, chrF and
+#   the share of the right form each mislead alone.
+# - LoRA of rank 8 trains 1.8 % of the numbers, in a file of 9.8 MB, and takes the loss from «…» to «…» in 24 steps; the
+#   interval of the difference to full tuning is «…» to «…» (three seeds).
 # - LoRA's best rate was 40, «…» and 10 times full tuning's at $r$ = 1, 8 and 64: search it for each rank.
-# - LoRA on one end of a tied table makes two tables. Say so in the config (`tie_word_embeddings = False`) before it is saved, or one of them is lost.
-# - LoRA saves gradients and Adam's means, four bits save weights, neither saves activations. NF4 with double quantisation takes 4.127 bits a number and errs by 9 % of $W$; an adapter trained on it stays beside it.
+# - LoRA on one end of a tied table makes two tables. Say so in the config (`tie_word_embeddings = False`) before it is
+#   saved, or one of them is lost.
+# - LoRA saves gradients and Adam's means, four bits save weights, neither saves activations. NF4 with double quantisation
+#   takes 4.127 bits a number and errs by 9 % of $W$; an adapter trained on it stays beside it.
 # - «How low is low: one sentence on the five cases.»
 
 # %% [markdown]
 # ## Exercises
 #
-# All answers are functions: put yours in place of `None` and run the cell. The checks try them on numbers that are drawn anew each time. None of them needs the model.
+# All answers are functions: put yours in place of `None` and run the cell. The checks try them on numbers that are drawn
+# anew each time. None of them needs the model.
 
 # %% [markdown] tags=["exercise"]
-# **1.** Write `answer_loss(logits, tokens, starts, ends)`: `logits` (texts, time, vocabulary), `tokens` (texts, time), and of each text where its answer starts and the place after its end, (texts,) each. Return the mean
-# −log p of all answer tokens. The logits at a place are for the *next* token.
+# **1.** Write `answer_loss(logits, tokens, starts, ends)`: `logits` (texts, time, vocabulary), `tokens` (texts, time), and
+# of each text where its answer starts and the place after its end, (texts,) each. Return the mean −log p of all answer
+# tokens. The logits at a place are for the *next* token.
 
 # %% tags=["exercise"]
 answer_loss = None  # def answer_loss(logits, tokens, starts, ends): ...
@@ -957,7 +1003,8 @@ def answer_loss(logits, tokens, starts, ends):
 print(exercises.check_12_1(answer_loss))
 
 # %% [markdown] tags=["exercise"]
-# **2.** Write `quantise(blocks, levels)`: `blocks` (n, 64) and sorted `levels` (16,) in [−1, 1]. Return (codes, scales): each block's largest magnitude, and for each number the index of the level that is nearest to number / scale.
+# **2.** Write `quantise(blocks, levels)`: `blocks` (n, 64) and sorted `levels` (16,) in [−1, 1]. Return (codes, scales):
+# each block's largest magnitude, and for each number the index of the level that is nearest to number / scale.
 
 # %% tags=["exercise"]
 quantise = None  # def quantise(blocks, levels): ...
@@ -974,7 +1021,8 @@ def quantise(blocks, levels):
 print(exercises.check_12_2(quantise))
 
 # %% [markdown] tags=["exercise"]
-# **3.** Write `bits(block, group)`: how many bits a number takes in NF4 with blocks of `block` numbers, an 8-bit scale a block, and one float32 for each `group` of these scales. (Their mean, one number for the whole matrix, doesn't count.)
+# **3.** Write `bits(block, group)`: how many bits a number takes in NF4 with blocks of `block` numbers, an 8-bit scale a
+# block, and one float32 for each `group` of these scales. (Their mean, one number for the whole matrix, doesn't count.)
 
 # %% tags=["exercise"]
 bits = None  # def bits(block, group): ...
@@ -989,7 +1037,8 @@ def bits(block, group):
 print(exercises.check_12_3(bits))
 
 # %% [markdown] tags=["exercise"]
-# **4.** Write `merged_tables(W, A, B, s)`: a tied table `W` (vocabulary, width) with LoRA on the embedding alone, `A` (vocabulary, r) and `B` (width, r). Return what shall be saved: a dictionary with "embed_tokens", "lm_head" and
+# **4.** Write `merged_tables(W, A, B, s)`: a tied table `W` (vocabulary, width) with LoRA on the embedding alone, `A`
+# (vocabulary, r) and `B` (width, r). Return what shall be saved: a dictionary with "embed_tokens", "lm_head" and
 # "tie_word_embeddings". Leave `W` as it is.
 
 # %% tags=["exercise"]
@@ -1005,8 +1054,9 @@ def merged_tables(W, A, B, s):
 print(exercises.check_12_4(merged_tables))
 
 # %% [markdown] tags=["exercise"]
-# **5.** Write `interval(a, b, tokens)`: the nats of two systems on the same n answers, (n,) each, and the answers' `tokens` (n,). Return (low, high), between which the difference of a's nats a token and b's lies in 95 % of 2 000 resamples of the answers.
-# Nats a token are a ratio of two sums.
+# **5.** Write `interval(a, b, tokens)`: the nats of two systems on the same n answers, (n,) each, and the answers' `tokens`
+# (n,). Return (low, high), between which the difference of a's nats a token and b's lies in 95 % of 2 000 resamples of the
+# answers. Nats a token are a ratio of two sums.
 
 # %% tags=["exercise"]
 interval = None  # def interval(a, b, tokens): ...
@@ -1023,7 +1073,9 @@ def interval(a, b, tokens):
 print(exercises.check_12_5(interval))
 
 # %% [markdown] tags=["exercise"]
-# **6.** Write `rank_needed(before, after, cut, share)`: the losses before and after tuning, `cut`, rank → loss with $\Delta W$ cut to it, and a share of the gain. Return the smallest rank at which, and at every larger one, at least this share stays; `None` where there is none.
+# **6.** Write `rank_needed(before, after, cut, share)`: the losses before and after tuning, `cut`, rank → loss with
+# $\Delta W$ cut to it, and a share of the gain. Return the smallest rank at which, and at every larger one, at least this
+# share stays; `None` where there is none.
 
 # %% tags=["exercise"]
 rank_needed = None  # def rank_needed(before, after, cut, share): ...
@@ -1046,8 +1098,10 @@ print(exercises.check_12_6(rank_needed))
 # ## Where to read on
 #
 # - Allal et al. 2025, *SmolLM2* (arXiv 2502.02737): the model, and what it was trained on.
-# - Dettmers et al. 2023, *QLoRA* (2305.14314), §3 and appendix E: NF4, double quantisation, paged optimisers. Dettmers et al. 2022 (2110.02861), §2: 8-bit quantisation in blocks.
+# - Dettmers et al. 2023, *QLoRA* (2305.14314), §3 and appendix E: NF4, double quantisation, paged optimisers. Dettmers et
+#   al. 2022 (2110.02861), §2: 8-bit quantisation in blocks.
 # - Popović 2015, *chrF: character n-gram F-score for automatic MT evaluation* (WMT). Goodger and van Rossum 2001, PEP 257.
-# - Shuttleworth et al. 2024, *LoRA vs Full Fine-tuning: An Illusion of Equivalence* (2410.21228), §3 and §5. Biderman et al. 2024, *LoRA Learns Less and Forgets Less* (2405.09673).
+# - Shuttleworth et al. 2024, *LoRA vs Full Fine-tuning: An Illusion of Equivalence* (2410.21228), §3 and §5. Biderman et
+#   al. 2024, *LoRA Learns Less and Forgets Less* (2405.09673).
 # - Press and Wolf 2017, *Using the Output Embedding to Improve Language Models* (1608.05859): why tables are tied.
 # - Hu et al. 2021 (2106.09685), §7. Aghajanyan et al. 2021 (2012.13255), §5.
