@@ -323,7 +323,7 @@ explore.predict(
     "Here full tuning's is 0.0001. And that of LoRA with r = 1?",
     {
         "0.001, ten times": "That is right at r = 64. The best rate falls as the rank grows, as in chapters 07 and 11.",
-        "0.004, forty times": "Yes (on a grid of factor 2, one seed). At r = 64 it is ten times.",
+        "0.004, forty times": "Yes (on a grid of factor 2, one seed), and at r = 8 likewise. At r = 64 it is ten times.",
         "0.0001, the same": "With a B that starts at zero, A and B have to go a longer way. 0.0001 would hardly move them in 24 steps.",
     },
 )
@@ -343,7 +343,11 @@ for key in sorted(test, key=lambda key: (list(TARGETS).index(key[0]) if key[1] e
     print(f"{test[key]:.3f} nats, {share_of[key]:4.0%} of full tuning's gain")
 assert rates["full", None] == 1e-4 and rates["lora", 1] == 4e-3
 times = [round(rates["lora", r] / rates["full", None]) for r in (1, 8, 64)]
-assert times[0] == 40 and times[2] == 10 and 10 < times[1] <= 80  # TODO bound: r = 8
+of_rate = {row["rate"]: row["validation"] for row in method_grid(runs, TASK, "lora", RANK, STEPS)}
+assert (
+    times == [40, 40, 10]
+    and 0 < of_rate[0.002] - of_rate[0.004] < 0.002 < 0.06 < of_rate[0.008] - of_rate[0.004]
+)
 of_rank = [test["lora", r] for r in (1, 4, 8, 16, 64)]
 assert max(of_rank) - min(of_rank) < 0.1  # TODO bound
 assert share_of["lora table", RANK] < min(share_of["lora attention", RANK], share_of["lora MLP", RANK])
@@ -352,8 +356,10 @@ assert share_of["lora table", RANK] < min(share_of["lora attention", RANK], shar
 # **The rank.** From 1 to 64 all end between «…» and «…» nats a token. Three seeds of rank 8 lie between «…» and «…»: «these
 # runs tell the ranks apart, or not. Does rank 1 do?»
 #
-# **The rate.** LoRA's best rates are 40, «…» and 10 times full tuning's at $r$ = 1, 8 and 64 (chapter 11: 80, 20 and 5).
-# «'Ten times' is right for one rank, and which one that is depends on the model.»
+# **The rate.** LoRA's best rates are 40, 40 and 10 times full tuning's at $r$ = 1, 8 and 64, on grids of factor 2 (chapter
+# 11: 80, 20 and 5). 'Ten times' is right for one rank, and which one that is depends on the model. Below the best a factor
+# of two costs little: at $r = 8$ 0.002 is 0.001 nats a token behind 0.004 on the validation answers. Above it costs more:
+# 0.008 is 0.07 behind. If you are in doubt, take the smaller rate.
 #
 # **The matrices.** At $r = 8$ attention alone gets «…» % of full tuning's gain with 921 600 numbers, the MLP alone «…» %
 # with 1 520 640, the table alone «…» % with 397 824. (One model, one task, one seed each.)
@@ -448,7 +454,7 @@ assert still_one == (off > 0.1)  # as long as there is one table, merging has mo
 # ([peft #2018](https://github.com/huggingface/peft/issues/2018): since then it warns.) With the real model, the whole way:
 # LoRA on its table, merged, saved, opened again.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 if opened:
     adapter = lora.save_adapter(model, folder / "adapter", LANGUAGE_MODEL)
     lora.remove_lora(model)  # the untuned model again
@@ -990,7 +996,7 @@ assert all(share > 0 for share in at[8]["SmolLM2, docstrings"]["cut"].values()) 
 #   the share of the right form each mislead alone.
 # - LoRA of rank 8 trains 1.8 % of the numbers, in a file of 9.8 MB, and takes the loss from «…» to «…» in 24 steps; the
 #   interval of the difference to full tuning is «…» to «…» (three seeds).
-# - LoRA's best rate was 40, «…» and 10 times full tuning's at $r$ = 1, 8 and 64: search it for each rank.
+# - LoRA's best rate was 40, 40 and 10 times full tuning's at $r$ = 1, 8 and 64: search it for each rank.
 # - LoRA on one end of a tied table makes two tables. Say so in the config (`tie_word_embeddings = False`) before it is
 #   saved, or one of them is lost.
 # - LoRA saves gradients and Adam's means, four bits save weights, neither saves activations. NF4 with double quantisation
