@@ -203,8 +203,8 @@ assert sum(as_recorded) >= 3 or not opened.source.gguf  # the hub's weights are 
 
 # %%
 explore.predict(
-    "The model has 134.5 million parameters, 28.3 million of them in its table. LoRA of rank 8 on the seven linear layers of each block: "
-    "what share of them does it train?",
+    "The model has 134.5 million parameters, 28.3 million of them in its table. LoRA of rank 8 on the seven linear layers "
+    "of each block: what share of them does it train?",
     {
         "0.2 %": "That is rank 1: 305 280 numbers.",
         "1.8 %": "Yes: 2 442 240, three fifths of them in the MLP.",
@@ -275,7 +275,8 @@ explore.docstring_writer([untuned, *runs], functions)
 
 # %%
 explore.predict(
-    "Full tuning has 55 times as many numbers to move as LoRA of rank 8. After 24 steps of 8 pairs, which has the lower loss?",
+    "Full tuning has 55 times as many numbers to move as LoRA of rank 8. After 24 steps of 8 pairs, which has the lower "
+    "loss?",
     {
         "full tuning, clearly": "«…»",
         "LoRA, clearly": "«…»",
@@ -319,12 +320,12 @@ assert abs(against.difference) < 0.1  # TODO bound: against.low < 0 < against.hi
 
 # %%
 explore.predict(
-    "It is often said that LoRA's best rate is ten times full tuning's; with alpha = r, chapter 07 found two to sixteen times. "
-    "Here full tuning's is 0.0001. And that of LoRA with r = 1?",
+    "It is often said that LoRA's best rate is ten times full tuning's; with alpha = r, chapter 07 found two to sixteen "
+    "times. Here full tuning's is 0.0001. And that of LoRA with r = 1?",
     {
         "0.001, ten times": "That is right at r = 64. The best rate falls as the rank grows, as in chapters 07 and 11.",
         "0.004, forty times": "Yes (on a grid of factor 2, one seed), and at r = 8 likewise. At r = 64 it is ten times.",
-        "0.0001, the same": "With a B that starts at zero, A and B have to go a longer way. 0.0001 would hardly move them in 24 steps.",
+        "0.0001, the same": "B starts at zero, and has a long way to go: 24 steps at 0.0001 would hardly move it.",
     },
 )
 
@@ -707,8 +708,8 @@ assert 1 < slower["NF4"][1] < 1.5 < slower["NF4"][0] < 3
 
 # %%
 explore.predict(
-    "ΔW is 0.3 % of W in norm, and the levels of four bits are 9 % of W apart from what W was. Merged into a new quantised layer, what is "
-    "left of ΔW?",
+    "ΔW is 0.3 % of W in norm, and rounding to four bits moved W by 9 %. Merged into a new quantised layer, what is left of "
+    "ΔW?",
     {
         "all of it": "For that W + ΔW would have to lie on levels. It doesn't.",
         "most of it, with some noise": "If ΔW is large: at 28 % of W two thirds of it are left.",
@@ -881,7 +882,8 @@ assert all(
 
 # %%
 explore.predict(
-    "The encoder's ΔW, gently tuned and cut to r = 8 of 384, kept 89 % of the gain. The language model has width 576 and five times the parameters. How much stays at r = 8?",
+    "The encoder's ΔW, gently tuned and cut to r = 8 of 384, kept 89 % of the gain. The language model has width 576 and "
+    "six times the parameters. How much stays at r = 8?",
     {"less than 89 %": "«…»", "about as much": "«…»", "all of it": "«…»"},
 )
 
@@ -926,18 +928,15 @@ assert min(learnt.values()) > 0.8  # TODO bound
 
 # %%
 lost = {
-    kind: {
-        how: 1 - share(cut_runs[how, 0]["one_kind_cut"][kind]["8"], cut_runs[how, 0]["whole"])
-        for how in ("gentle", "steep")
-    }
-    for kind in KINDS
+    how: {kind: 1 - share(row["one_kind_cut"][kind]["8"], row["whole"]) for kind in KINDS}
+    for how, row in (("gentle", cut_runs["gentle", 0]), ("steep", cut_runs["steep", 0]))
 }
-figure, axes = plots.subplots(size=(7.2, 3.6))
+figure, axes = plots.subplots(size=(7.2, 4.2))
 plots.paired_bars(
     axes, lost, xlabel="share of the gain in nats that is lost", title="one kind of matrix cut to r = 8"
 )
-widest = max(abs(each) for by_run in lost.values() for each in by_run.values())
-axes.set_xlim(-1.2 * widest, 1.2 * widest)
+widest = max(abs(each) for by_kind in lost.values() for each in by_kind.values())
+axes.set_xlim(-1.3 * widest, 1.3 * widest)
 assert widest < 0.2  # TODO bound
 plots.show(
     figure, "One kind of matrix cut to r = 8: «…» lose most of the gain, «…» %, all others less than «…» %."
