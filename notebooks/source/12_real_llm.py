@@ -249,9 +249,8 @@ if opened:
     print(f"−{gained.difference:.3f} (−{gained.high:.3f} to −{gained.low:.3f})")
     same = docstrings.spread(docstrings.spread(range(len(functions)), len(written)), len(tested))
     of_record = sum(untuned["nats"][i] for i in same) / sum(functions[i]["tokens"] for i in same)
-    assert gained.low > 0.1 and abs(losses[0] - of_record) < (
-        0.01 if opened.source.gguf else 0.3
-    )  # TODO bound
+    near = 0.01 if opened.source.gguf else 0.3  # the hub's weights are others
+    assert gained.low > 0.1 and abs(losses[0] - of_record) < near  # TODO bound
 else:
     print(
         f"recorded: {untuned['test']:.3f} → {recorded['test']:.3f} nats a token on {len(functions)} answers"
@@ -305,9 +304,8 @@ against = paired_bootstrap(per_token(tuned["lora", RANK]), per_token(tuned["full
 print(
     f"LoRA − full tuning, means of three seeds: {against.difference:+.3f} ({against.low:+.3f} to {against.high:+.3f})"
 )
-assert (
-    max(row["test"] for key in (("lora", RANK), ("full", None)) for row in tuned[key]) < untuned["test"] - 0.1
-)
+ends = [row["test"] for key in (("lora", RANK), ("full", None)) for row in tuned[key]]
+assert max(ends) < untuned["test"] - 0.1
 assert abs(against.difference) < 0.1  # TODO bound: against.low < 0 < against.high, or the other way
 
 # %% [markdown]
@@ -484,6 +482,7 @@ if opened:
         f"the table moved by {(moved - W).norm() / W.norm():.0%}; opened again, logits are off by {off:.0e}"
     )
     model.model.embed_tokens.weight = W  # tied again
+    del again
     shutil.rmtree(folder / "untied")  # 0.65 GB
 print("" if opened else "without the model: the tiny one above stands for it")
 assert off is None or off < 1e-3
