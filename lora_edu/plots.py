@@ -630,7 +630,9 @@ def dots_by_kind(
     """
     kinds = list(next(iter(groups.values())))
     drawn = []
-    for place, ((name, values), colour) in enumerate(zip(groups.items(), PALETTE, strict=False)):
+    for place, ((name, values), colour) in enumerate(
+        zip(groups.items(), itertools.cycle(PALETTE), strict=False)
+    ):
         down = 0.24 * (place - (len(groups) - 1) / 2)
         x = [value for kind in kinds for value in values[kind]]
         y = [row + down for row, kind in enumerate(kinds) for _ in values[kind]]
@@ -652,7 +654,9 @@ def paired_bars(axes: Axes, groups: Mapping[str, Mapping[str, float]], **labels)
     rows = list(next(iter(groups.values())))
     thick = 0.8 / len(groups)
     drawn: list[Artist] = []
-    for place, ((name, values), colour) in enumerate(zip(groups.items(), PALETTE, strict=False)):
+    for place, ((name, values), colour) in enumerate(
+        zip(groups.items(), itertools.cycle(PALETTE), strict=False)
+    ):
         y = [row + thick * (place - (len(groups) - 1) / 2) for row in range(len(rows))]
         bars = axes.barh(y, [values[row] for row in rows], height=0.92 * thick, color=colour, label=name)
         axes.bar_label(bars, [f"{values[row]:.0%}" for row in rows], padding=3, fontsize=8)
