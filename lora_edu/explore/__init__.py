@@ -20,7 +20,7 @@ from lora_edu.explore.low_rank import elevation_rank, hidden_direction, noisy_ph
 from lora_edu.explore.other_ways import methods_and_sizes, price_and_quality
 from lora_edu.explore.prediction import Prediction, predict
 from lora_edu.explore.real_encoder import how_low, rank_and_matrices, search_box
-from lora_edu.explore.real_llm import docstring_writer, five_cases
+from lora_edu.explore.real_llm import docstring_writer, draw_cases, five_cases
 from lora_edu.explore.serve import high_then_cut, rounded_away, spent_by_rule, two_adapters
 from lora_edu.explore.start_here import what_each_rank_writes
 from lora_edu.explore.train_with_lora import (
@@ -40,6 +40,7 @@ __all__ = [
     "calculator",
     "decisions_kept",
     "docstring_writer",
+    "draw_cases",
     "elevation_rank",
     "equal_gain",
     "first_step",

@@ -61,7 +61,7 @@ CUT_TO = (0, 1, 2, 4, 8, 16, 32, 64)
 CUT_AGAIN = (1, 8, 64)  # with the second seed
 KIND_RANKS = (8,)  # to which one kind at a time is cut
 INTRUDER = 0.5  # largest |cosine| with a direction of W below which one of the strongest is an intruder
-SCALES = (0.0, 0.5, 1.0)  # of what is scaled: the intruders, or as many directions that are none
+SCALES = (0.0, 1.0)  # of what is scaled: the intruders, or as many directions that are none
 KINDS = ("table", "query", "key", "value", "output", "gate", "up", "down")
 _KINDS = {
     "embed_tokens.weight": "table",
@@ -294,14 +294,14 @@ def intruding(run: Mapping, folder: Path) -> dict:
 
 
 def to_look_for_intruders(rows: Iterable[Mapping], short: int = STEPS) -> list[Mapping]:
-    """LoRA of the middle rank at its tuned rate and at its largest that ended, and full tuning at both likewise."""
+    """LoRA of the middle rank at its tuned rate and at its largest that ended; full tuning at its largest."""
     rows, found = list(rows), []
     for method, size in (("lora", SUBJECT.rank), ("full", None)):
-        own = [row for row in rows if (row["method"], row["size"]) == (method, size) and row["seed"] == 0]
-        ended = [row for row in own if row["validation"] is not None]
+        own = [row for row in rows if (row["method"], row["size"], row["seed"]) == (method, size, 0)]
         best = tuned_method(rows, TASK, method, size, short)
         if best is not None:
-            found += [best, max(ended, key=lambda row: row["rate"])]
+            steepest = max((row for row in own if row["validation"] is not None), key=lambda row: row["rate"])
+            found += [steepest] if method == "full" else [best, steepest]
     return list({name_of(row): row for row in found}.values())
 
 
@@ -386,16 +386,20 @@ def memories() -> list[dict]:
 # ---- all of them -------------------------------------------------------------------------------------------------
 
 
-def without_tuning() -> list[dict]:
-    """The rows of the untuned model ("none") and of it with its linear layers in NF4 ("none NF4")."""
-    rows = []
-    for method in ("none", "none NF4"):
+def without_tuning(run: Mapping, folder: Path) -> dict:
+    """The row of the untuned model ("none"), or of it with its linear layers in NF4 ("none NF4").
+
+    Read if it is there: folder/METHOD.json.
+    """
+    path = folder / f"{run['method']}.json"
+    if not path.is_file():
         model = untuned()
-        if method != "none":
+        if run["method"] != "none":
             quantise_model(model)
-        row = dict.fromkeys(KEYS) | {"task": TASK, "method": method, "trained": 0}
-        rows.append(row | {"validation": loss_on(model, "validation")} | measured(model))
-    return rows
+        row = dict.fromkeys(KEYS) | {"task": TASK, "method": run["method"], "trained": 0}
+        row |= {"validation": loss_on(model, "validation")} | measured(model)
+        write_atomically(path, json.dumps(row).encode())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def record_all(
@@ -410,16 +414,16 @@ def record_all(
     by_name = {name_of(row): row for row in rows}
     rows = [by_name[name] for name in dict.fromkeys(name_of(run) for run in wanted(rows, steps))]
     low = {name_of(run) for run in real_models.how_low(SUBJECT, rows, steps)}
-    jobs = [(tested, row) for row in tuned(rows, steps)]
+    bare = [{**dict.fromkeys(KEYS, 0), "method": method} for method in ("none", "none NF4")]
+    jobs = [(without_tuning, run) for run in bare]
+    jobs += [(tested, row) for row in tuned(rows, steps)]
     jobs += [(cut, row) for row in rows if name_of(row) in low]
     jobs += [(intruding, row) for row in to_look_for_intruders(rows, steps)]
+    by_name |= {name_of(run): run for run in bare}
     for name, part in real_models.side_by_side(jobs, folder, processes):
         tell(name)
-        if "number" in part:
-            part = {"intruders": part}
-        by_name[name] |= part
-    with workers(1) as pool:
-        return [*pool.submit(without_tuning).result(), *rows]
+        by_name[name] |= {"intruders": part} if "number" in part else part
+    return [*bare, *rows]
 
 
 def functions() -> list[dict]:

@@ -55,8 +55,8 @@ RANK, TARGETS = SUBJECT.rank, SUBJECT.targets
 mean = lambda values: sum(values) / len(values)
 
 # %% [markdown]
-# The model is not part of the course. `lora-edu data --published HuggingFaceTB/SmolLM2-135M-Instruct` gets it once (91 MB,
-# a GGUF file in four bits); a copy in the model hub's cache will do, too. Without it every cell runs all the same, and
+# The model is not part of the course. `lora-edu data --published HuggingFaceTB/SmolLM2-135M-Instruct` downloads it once (93
+# MB, a GGUF file in four bits); a copy in the model hub's cache also works. Without it every cell runs all the same, and
 # shows what was recorded.
 
 # %% tags=["nbval-ignore-output"]
@@ -157,20 +157,28 @@ for name, (nats, answers) in shown.items():
     print(f"{name:20} {nats:>12} {figures[name][0]:6.1f} {figures[name][1]:12.0%}")
 assert all(abs(chrf(lines(row["answers"]), summaries) - row["chrf"]) < 0.01 for row in (untuned, best))
 assert figures["'Return the value.'"][1] == 1 and figures["the reference"][0] > 99.9
-assert figures["another's line"][0] < 25  # TODO bound
+assert (
+    figures["'Return the value.'"][0] < figures["another's line"][0] < 16 and 22 < figures["untuned"][0] < 24
+)
+assert 0.5 < figures["the reference"][1] < 0.53 < figures[f"LoRA, r = {RANK}"][1]
+again = sum("def " in answer or "```" in answer for answer in untuned["answers"])
+print(f"of {len(written)} answers of the untuned model {again} hold code")
+assert again == 61
 
 # %% [markdown]
-# (The record's chrF is sacrebleu's; the lines above give the same.) 'Return the value.' has the best form of all, and
-# another function's line gets a chrF of «…» for English letters and the word 'the' alone. Of the references themselves «…»
-# % are imperative by our list of verbs: more than that cannot be learnt from them.
+# (The record's chrF is sacrebleu's; the lines above give the same.) 'Return the value.' has the best form of all and a chrF
+# of 10. Another function's line gets 15, for words that docstrings share. And untuned the model has 23, though what it
+# writes is no docstring, as you will see: the function's name and its arguments are in the reference, too. Of the references
+# themselves 52 % are imperative by our list of verbs. A tuned model may have more than that: it always writes the likeliest
+# line, and the likeliest first word is *Return*.
 
 # %%
 explore.predict(
     "Untuned, the model is asked for the first line of the docstring. What does it mostly write?",
     {
-        "one line in the imperative": "That is what tuning shall teach. Untuned, «…» % of the answers are.",
-        "a paragraph: 'This function …'": "«…»",
-        "the function again": "«…»",
+        "one line in the imperative": "That is what it has to learn. Untuned, none of 64 answers is.",
+        "a paragraph: 'This function …'": "Three answers of 64 are that and no code.",
+        "the function again": "Yes: 61 of 64 answers hold code, most often after 'The first line of the function's docstring should be:'.",
     },
 )
 
@@ -259,7 +267,8 @@ print(beside(after))
 
 # %% [markdown]
 # Each answer is drawn with its number of tokens held fixed (the interval is that of $\sum \Delta_i / \bar t$; exercise 5
-# draws the tokens too). «What the five look like now: one line each, imperative; what they get wrong.»
+# draws the tokens too). Now every one of the five is a single line that ends, in the imperative. Whether it is *true* is
+# another matter: the form is learnt in 24 steps, and what a function does is still guessed from its name.
 #
 # Seven other functions, and what each recorded run writes for them:
 
@@ -277,9 +286,9 @@ explore.predict(
     "Full tuning has 55 times as many numbers to move as LoRA of rank 8. After 24 steps of 8 pairs, which has the lower "
     "loss?",
     {
-        "full tuning, clearly": "«…»",
-        "LoRA, clearly": "«…»",
-        "the interval of the difference holds zero": "«…»",
+        "full tuning, clearly": "192 answers are few: with so little text the number of weights that may move is not the limit.",
+        "LoRA, clearly": "It is ahead by 0.009 nats a token, less than its own seeds differ.",
+        "the interval of the difference holds zero": "Yes: −0.022 to +0.005 nats a token.",
     },
 )
 
@@ -306,13 +315,16 @@ print(
 )
 ends = [row["test"] for key in (("lora", RANK), ("full", None)) for row in tuned[key]]
 assert max(ends) < untuned["test"] - 0.1
-assert abs(against.difference) < 0.1  # TODO bound: against.low < 0 < against.high, or the other way
+assert -0.03 < against.low < 0 < against.high < 0.01
 
 # %% [markdown]
-# LoRA of rank 8 takes the loss from «…» to «…» nats a token, full tuning to «…» (means of three seeds); the interval of the
-# difference is «…» to «…». «Which of the two is better, or that these runs do not tell.» As in chapter 11 the answers of
-# one module resemble one another, so the interval is rather too narrow. The imperative share goes from «…» % to «…» %: the
-# form is learnt at once, and chrF says that more than the form is learnt: «…» instead of «…».
+# LoRA of rank 8 takes the loss from 3.839 to 2.860 nats a token, full tuning to 2.868 (means of three seeds); the interval of
+# the difference, −0.022 to +0.005, holds zero, and the seeds of the two overlap: these runs do not tell them apart. As in
+# chapter 11 the answers of one module resemble one another, so that the interval is somewhat too narrow.
+#
+# The imperative share goes from 0 to 69 to 89 %: the form is learnt at once. chrF goes from 23 to 24 to 27 and hardly says
+# more than that: by this measure a line of the right form that guesses is not much better than a copy of the code. Most of
+# the nats are gained on the form, too.
 #
 # Which rank, which rate, which matrices?
 
@@ -347,21 +359,26 @@ assert (
     times == [40, 40, 10]
     and 0 < of_rate[0.002] - of_rate[0.004] < 0.002 < 0.06 < of_rate[0.008] - of_rate[0.004]
 )
-of_rank = [test["lora", r] for r in (1, 4, 8, 16, 64)]
-assert max(of_rank) - min(of_rank) < 0.1  # TODO bound
-assert share_of["lora table", RANK] < min(share_of["lora attention", RANK], share_of["lora MLP", RANK])
+assert 0.95 < share_of["lora", 1] < 0.965 and all(0.97 < share_of["lora", r] < 1.02 for r in (4, 8, 16, 64))
+behind = paired_bootstrap(per_token(tuned["lora", 1]), per_token(tuned["full", None]))
+print(
+    f"r = 1 − full tuning: {behind.difference:+.3f} ({behind.low:+.3f} to {behind.high:+.3f}), one seed and three"
+)
+assert behind.low > 0.02
+parts = [round(share_of[f"lora {name}", RANK], 2) for name in ("attention", "MLP", "table")]
+assert parts == [0.99, 0.96, 0.4]
 
 # %% [markdown]
-# **The rank.** From 1 to 64 all end between «…» and «…» nats a token. Three seeds of rank 8 lie between «…» and «…»: «these
-# runs tell the ranks apart, or not. Does rank 1 do?»
+# **The rank.** Rank 1, a quarter of a percent of the numbers, reaches 96 % of full tuning's gain; ranks 4 to 64 reach 97 to
+# 101 %, which these seeds do not tell apart. So rank 1 nearly does: it ends 0.042 nats a token behind full tuning (0.025 to
+# 0.058; one seed against three).
 #
-# **The rate.** LoRA's best rates are 40, 40 and 10 times full tuning's at $r$ = 1, 8 and 64, on grids of factor 2 (chapter
-# 11: 80, 20 and 5). 'Ten times' is right for one rank, and which one that is depends on the model. Below the best a factor
-# of two costs little: at $r = 8$ 0.002 is 0.001 nats a token behind 0.004 on the validation answers. Above it costs more:
-# 0.008 is 0.07 behind. If you are in doubt, take the smaller rate.
+# **The rate.** LoRA's best rates are 40, 40 and 10 times full tuning's at $r$ = 1, 8 and 64 (chapter 11: 80, 20 and 5), each
+# known to a factor of 2: at $r = 8$ half the rate is worse by a thousandth of a nat. 'Ten times' is right for one rank, and
+# which one that is depends on the model.
 #
-# **The matrices.** At $r = 8$ attention alone gets «…» % of full tuning's gain with 921 600 numbers, the MLP alone «…» %
-# with 1 520 640, the table alone «…» % with 397 824. (One model, one task, one seed each.)
+# **The matrices.** At $r = 8$ attention alone gets 99 % of full tuning's gain with 921 600 numbers, the MLP alone 96 % with
+# 1 520 640. The table alone, as it is read, gets 40 % with 397 824. (One model, one task, one seed each.)
 #
 # ## 4 · The tied table
 #
@@ -536,15 +553,14 @@ for (base, method), row in memory.items():
 for base in ("float32", "bfloat16", "NF4"):
     assert abs(memory[base, "lora"]["file"] / weights[base] - 1) < 0.01
 assert memory["float32", "full"]["peak"] > memory["float32", "lora"]["peak"] + 1e9
-assert (
-    memory["NF4", "lora"]["peak"] < memory["float32", "lora"]["peak"]
-)  # TODO bound: and how bfloat16 compares
+peak = {base: memory[base, "lora"]["peak"] for base in ("float32", "bfloat16", "NF4")}
+assert 2e8 < peak["float32"] - peak["NF4"] < 4e8 and peak["bfloat16"] < 0.65 * peak["NF4"]
 
 # %% [markdown]
-# LoRA on the float32 base took «…» MB at its peak, full tuning «…» MB. With the NF4 base it was «…» MB, «…» less, though
-# the base is 370 MB lighter: «what the decoding of a layer needs comes and goes on top». The bfloat16 base, of which the
-# activations are in half precision too, took «…» MB. (One batch of 8 pairs, one thread, torch's CPU kernels; peaks of
-# resident memory, looked at a hundred times a second.)
+# LoRA on the float32 base took 2.6 GB at its peak, full tuning 4.1 GB. With the NF4 base it was 2.3 GB: 0.3 GB less, though
+# the base is 0.37 GB lighter, for decoded rows come and go on top. The bfloat16 base, whose activations are in half precision
+# too, took 1.5 GB. At this size half precision saves more than four bits. (One batch of 8 pairs, torch's CPU kernels, one
+# run each; resident memory, looked at a hundred times a second.)
 #
 # ## 6 · QLoRA in earnest
 #
@@ -819,7 +835,11 @@ assert {row["rate"] for row in nf4_runs} == {rates["lora", RANK]}
 # %%
 explore.predict(
     "Tuned for 24 steps to write docstrings: what becomes of the loss on prose and on code?",
-    {"it rises": "«…»", "it stays": "«…»", "it falls": "«…»"},
+    {
+        "it rises": "A little, in most runs: by up to 0.06 nats a token, where the task gains one. The table alone costs more.",
+        "it stays": "Nearly, for full tuning: +0.02 to +0.04 on prose, +0.01 at most on code.",
+        "it falls": "Docstrings are prose about code. But none of these runs lowers the loss on prose.",
+    },
 )
 
 # %%
@@ -832,12 +852,17 @@ for key in [("lora", r) for r in SUBJECT.ranks] + [("full", None)]:
         name = f"{called(*key)}, seed {row['seed']}"
         print(f"{name:24} {row['test']:20.3f} ({each['test']:+.3f})", end="")
         print("".join(f"  {row[text]:.3f} ({each[text]:+.3f})" for text in ("prose", "code")))
-assert all(abs(each[text]) < 0.3 for each in moved.values() for text in ("prose", "code"))  # TODO bound
+assert all(0 < each["prose"] < 0.07 and -0.01 < each["code"] < 0.06 for each in moved.values())
+of = lambda key, text: [moved[key, row["seed"]][text] for row in tuned[key]]
+for text in ("prose", "code"):
+    assert min(of(("lora", RANK), text)) > max(of(("full", None), text))
 
 # %% [markdown]
-# «LoRA of r = 8 and full tuning end with gains that are alike (… and …), so they can be compared: on prose LoRA …, full
-# tuning …; on code …. Does LoRA forget less? At equal learning Biderman et al. 2024 (§4.3) found so on code, and on
-# mathematics not.»
+# LoRA of $r = 8$ and full tuning end with the same gain, each at its own best rate, so that they can be compared. LoRA's loss
+# rises by 0.05 to 0.06 on prose and by 0.04 to 0.06 on code, full tuning's by 0.02 to 0.04 and by no more than 0.01: with all
+# three seeds LoRA forgets *more*, though little. Not every LoRA does: at $r = 4$, or on attention alone, the same gain costs
+# 0.02 on each (one seed). So the title of Biderman et al. (2024), *LoRA Learns Less and Forgets Less*, is not borne out here,
+# as in chapter 07; 24 steps are few, and another rate may forget differently.
 #
 # **Is it the intruders?** Chapter 07 found that LoRA leaves *intruders*, strong singular directions of $W + \Delta W$ that
 # are unlike any of $W$. Shuttleworth et al. (2024) say that these are what forgets, and test it: scale them down, and look
@@ -852,7 +877,7 @@ for row in looked_at:
         f"{called(row['method'], row['size'])}, rate {row['rate']:g}: {found['number']:.2f} intruders a matrix, in {found['share']:.0%} of them"
     )
     for what, name in (("scaled", "intruders"), ("control", "others")):
-        for scale in ("1", "0.5", "0") if what == "scaled" else ("0.5", "0"):
+        for scale in ("1", "0") if what == "scaled" else ("0",):
             losses_at = "  ".join(
                 f"{text} {found[what][scale][text]:.3f}" for text in ("task", "prose", "code")
             )
@@ -895,7 +920,7 @@ cut_runs = {
 start = untuned["cut_on"]
 share = lambda loss, whole: (start - loss) / (start - whole)
 kept = {key: shares(row["cut"], start, row["whole"]) for key, row in cut_runs.items()}
-full_cut_on = tuned["full", None][0]["cut_on"]
+full_cut_on = mean([row["cut_on"] for row in tuned["full", None]])
 learnt = {r: mean([share(row["cut_on"], full_cut_on) for row in tuned["lora", r]]) for r in SUBJECT.ranks}
 print(
     "share of the gain in nats, cut to r      0     1     8    64   energy in 8: query    up  table   ‖ΔW‖/‖W‖ of up"
@@ -988,6 +1013,13 @@ assert all(share > 0 for share in at[8]["SmolLM2, docstrings"]["cut"].values()) 
 # | 07: LoRA leaves intruders, full tuning few | not looked at | «…» |
 # | 07: the rate forgets; at equal gain LoRA does not forget less | not looked at | «…» |
 #
+# All of it in one picture:
+
+# %%
+figure = plots.figure((7.2, 3.6))
+plots.show(figure, explore.draw_cases(figure, five))
+
+# %% [markdown]
 # ## What to remember
 #
 # - The loss counts on the answer alone, its end included, and logits are made at those places only. Nats a token, chrF and

@@ -211,12 +211,12 @@ def test_planted_intruders_are_found_and_taken_out_and_at_one_nothing_changes(sm
     untuned = llm.loss_on(llm.untuned(), "test", llm.CUT_ON)
     whole = llm.loss_on(llm.trained_again(run, small), "test", llm.CUT_ON)
     assert row["scaled"]["1"]["task"] == row["control"]["1"]["task"] == pytest.approx(whole, abs=1e-3)
-    away = {name: abs(row["scaled"][name]["task"] - untuned) for name in ("0", "0.5", "1")}
-    assert away["0"] < away["0.5"] < away["1"] and away["0"] < 0.3 * away["1"]
+    away = {name: abs(row["scaled"][name]["task"] - untuned) for name in ("0", "1")}
+    assert away["0"] < 0.3 * away["1"]
     for text in ("prose", "code"):
         before = docstrings.text_loss(llm.untuned(), llm.windows()[text])
         assert abs(row["scaled"]["0"][text] - before) < 0.5 * abs(row["scaled"]["1"][text] - before)
-    assert row["control"]["0"] != row["control"]["0.5"] != row["control"]["1"]
+    assert row["control"]["0"] != row["control"]["1"]
     assert row["control"]["0"] != row["scaled"]["0"]
     assert llm.intruding(run, small) == row
 
@@ -244,8 +244,8 @@ def test_the_control_takes_as_many_as_there_are_intruders(small, monkeypatch):
     )
     tuned = W + real_models.deltas(run, small)[NAME]
     gone = [int(torch.linalg.matrix_rank(tuned - W - delta[NAME], tol=1e-3)) for delta in seen]
-    # trained_again first, then intruders at 0, 0.5, 1 and the others at 0, 0.5
-    assert gone == [0, 8, 8, 0, 8, 8]
+    # trained_again first, then intruders at 0 and 1 and the others at 0
+    assert gone == [0, 8, 0, 8]
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_every_wanted_row_is_recorded_and_every_tuned_one_measured():
     assert looked_at == {name_of(row) for row in own if "intruders" in row}
     for row in own:
         if "intruders" in row:
-            assert set(row["intruders"]["scaled"]) == set(row["intruders"]["control"]) == {"0", "0.5", "1"}
+            assert set(row["intruders"]["scaled"]) == set(row["intruders"]["control"]) == {"0", "1"}
 
 
 def test_memory_of_every_base_is_recorded():
