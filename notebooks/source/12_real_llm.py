@@ -258,7 +258,7 @@ if opened:
     same = docstrings.spread(docstrings.spread(range(len(functions)), len(written)), len(tested))
     of_record = sum(untuned["nats"][i] for i in same) / sum(functions[i]["tokens"] for i in same)
     near = 0.01 if opened.source.gguf else 0.3  # the hub's weights are others
-    assert gained.low > 0.1 and abs(losses[0] - of_record) < near  # TODO bound
+    assert gained.low > 0.5 and abs(losses[0] - of_record) < near
 else:
     print(
         f"recorded: {untuned['test']:.3f} → {recorded['test']:.3f} nats a token on {len(functions)} answers"
@@ -359,7 +359,7 @@ assert (
     times == [40, 40, 10]
     and 0 < of_rate[0.002] - of_rate[0.004] < 0.002 < 0.06 < of_rate[0.008] - of_rate[0.004]
 )
-assert 0.95 < share_of["lora", 1] < 0.965 and all(0.97 < share_of["lora", r] < 1.02 for r in (4, 8, 16, 64))
+assert 0.95 < share_of["lora", 1] < 0.965 and all(0.995 < share_of["lora", r] < 1.015 for r in (4, 8, 16, 64))
 behind = paired_bootstrap(per_token(tuned["lora", 1]), per_token(tuned["full", None]))
 print(
     f"r = 1 − full tuning: {behind.difference:+.3f} ({behind.low:+.3f} to {behind.high:+.3f}), one seed and three"
@@ -369,8 +369,8 @@ parts = [round(share_of[f"lora {name}", RANK], 2) for name in ("attention", "MLP
 assert parts == [0.99, 0.96, 0.4]
 
 # %% [markdown]
-# **The rank.** Rank 1, a quarter of a percent of the numbers, reaches 96 % of full tuning's gain; ranks 4 to 64 reach 97 to
-# 101 %, which these seeds do not tell apart. So rank 1 nearly does: it ends 0.042 nats a token behind full tuning (0.025 to
+# **The rank.** Rank 1, a quarter of a percent of the numbers, reaches 96 % of full tuning's gain; ranks 4 to 64 reach 100
+# to 101 %, which these seeds do not tell apart. So rank 1 nearly does: it ends 0.042 nats a token behind full tuning (0.025 to
 # 0.058; one seed against three).
 #
 # **The rate.** LoRA's best rates are 40, 40 and 10 times full tuning's at $r$ = 1, 8 and 64 (chapter 11: 80, 20 and 5), each
@@ -559,7 +559,8 @@ assert 2e8 < peak["float32"] - peak["NF4"] < 4e8 and peak["bfloat16"] < 0.65 * p
 # %% [markdown]
 # LoRA on the float32 base took 2.6 GB at its peak, full tuning 4.1 GB. With the NF4 base it was 2.3 GB: 0.3 GB less, though
 # the base is 0.37 GB lighter, for decoded rows come and go on top. The bfloat16 base, whose activations are in half precision
-# too, took 1.5 GB. At this size half precision saves more than four bits. (One batch of 8 pairs, torch's CPU kernels, one
+# too, took 1.5 GB. At this size half precision saves more than four bits. All four peaks are
+# 0.6 to 0.9 GB above the sums on paper, which count what the backward pass must keep, and no working copies. (One batch of 8 pairs, torch's CPU kernels, one
 # run each; resident memory, looked at a hundred times a second.)
 #
 # ## 6 · QLoRA in earnest
@@ -701,7 +702,7 @@ assert [name for name, _ in layer.named_parameters()] == ["lora_A", "lora_B"]
 
 # %%
 record = json.loads((REPOSITORY / "benchmarks" / "results" / "quantised.json").read_text(encoding="utf-8"))
-print("2896 × 2896, forwards and backwards: MB stored, and more at the peak")
+print("2048 × 4096, forwards and backwards: MB stored, and more at the peak")
 for row in record["memory"]:
     print(f"{row['way']:20} {row['stored_bytes'] / 1e6:5.1f} {row['peak_extra_bytes'] / 1e6:7.1f}")
 print("1536 × 576: time over float32's                  16 texts  256 texts")
@@ -800,13 +801,15 @@ if opened and opened.source.gguf:
     print(
         f"merged: {merged:.3f} nats a token, beside its base {in_four_bits:.3f}, untuned {per_few(nats_before):.3f}"
     )
-    assert merged > in_four_bits  # TODO bound
+    left = (per_few(nats_before) - merged) / (per_few(nats_before) - in_four_bits)
+    print(f"of the gain {left:.0%} is left")
+    assert left < 0.9
 else:
     print("without the GGUF file: nothing to merge")
 
 # %% [markdown]
-# «Of the gain of … nats … are left.» And what does NF4 cost this model? The base recorded in NF4 was rounded a second time,
-# from the decoded Q4_1, so that both roundings are in it.
+# The update is smaller than the steps between levels, so that the rounding decides what becomes of it. And what does NF4 cost
+# this model? The base recorded in NF4 was rounded a second time, from the decoded Q4_1, so that both roundings are in it.
 
 # %%
 rows = {"untuned": untuned, "untuned, NF4": untuned_nf4}
@@ -820,12 +823,15 @@ cost = paired_bootstrap(per_token([untuned_nf4]), per_token([untuned]))
 cost_tuned = paired_bootstrap(per_token(nf4_runs), per_token(tuned["lora", RANK][:2]))
 for name, each in (("untuned", cost), ("tuned", cost_tuned)):
     print(f"NF4 costs {each.difference:+.3f} nats a token ({each.low:+.3f} to {each.high:+.3f}), {name}")
-assert cost.difference > 0 and max(row["test"] for row in nf4_runs) < untuned["test"]  # TODO bound
+assert 0.26 < cost.difference < 0.28 and 0.09 < cost_tuned.difference < 0.1 and cost_tuned.low > 0.06
+assert all(abs(row["prose"] - untuned_nf4["prose"]) < 0.02 for row in nf4_runs)
 assert {row["rate"] for row in nf4_runs} == {rates["lora", RANK]}
 
 # %% [markdown]
-# NF4 costs the untuned model «…» nats a token («…» to «…»). LoRA trained on it ends «…» behind LoRA on the float base («…»
-# to «…», means of two seeds, the float one's rate): «training makes up for a part of the rounding / for none of it».
+# NF4 costs the untuned model 0.27 nats a token on the task (0.23 to 0.32). LoRA trained on it ends 0.10 behind LoRA on the float
+# base (0.07 to 0.12; means of two seeds, at the float one's rate): training makes up for two thirds of what the rounding cost
+# on this task. On prose it makes up for nothing: 2.93 to 2.95, as untuned in NF4, where the float base has 2.68. A base of this
+# size feels four bits; larger ones are said to feel them less (QLoRA, section 4).
 #
 # ## 7 · What is forgotten
 #
@@ -1005,13 +1011,13 @@ assert all(share > 0 for share in at[8]["SmolLM2, docstrings"]["cut"].values()) 
 #
 # | said of TinyLM | the encoder (11) | this model |
 # | --- | --- | --- |
-# | 03: energy is not behaviour | holds: the steep $\Delta W$ has less of its energy in 8 directions, and keeps more of its gain in them | «…» |
-# | 03: tune gently what shall be cut; a steep tuning's gain needs more directions | turned round: 0.83 instead of 0.50 at $r = 1$ | «…» |
+# | 03: energy is not behaviour | holds in nats: the steep $\Delta W$ has less of its energy in 8 directions, and keeps more of its gain in them | «…» |
+# | 03: tune gently what shall be cut; a steep tuning's gain needs more directions | not seen: the steep one keeps more in nats, 0.83 instead of 0.50 at $r = 1$; not in mean reciprocal rank | «…» |
 # | 03, 07: training at rank $r$ is not cutting to rank $r$, and gains more | beside the gentle cut, at $r = 1$: 0.87 and 0.50. Beside the steep one, 0.83, hardly | «…» |
-# | 07: no rank is free, every doubling brings a few points | no: $r = 1$ does what $r = 64$ does | «…» |
+# | 07: no rank is free, every doubling brings a few points | less so: 87 % of the gain in nats at $r = 1$, 103 % at 64 | no: 96 % at $r = 1$, 100 to 101 % from 4 on |
 # | 07: with alpha = $r$ the best rate falls with the rank, from sixteen to two times full tuning's | falls, from 80 to 5 times | falls, from 40 to 10 times |
 # | 07: LoRA leaves intruders, full tuning few | not looked at | «…» |
-# | 07: the rate forgets; at equal gain LoRA does not forget less | not looked at | «…» |
+# | 07: the rate forgets; at equal gain LoRA does not forget less | not looked at | holds: $r = 8$ forgets more than full tuning, a little |
 #
 # All of it in one picture:
 
@@ -1024,8 +1030,8 @@ plots.show(figure, explore.draw_cases(figure, five))
 #
 # - The loss counts on the answer alone, its end included, and logits are made at those places only. Nats a token, chrF and
 #   the share of the right form each mislead alone.
-# - LoRA of rank 8 trains 1.8 % of the numbers, in a file of 9.8 MB, and takes the loss from «…» to «…» in 24 steps; the
-#   interval of the difference to full tuning is «…» to «…» (three seeds).
+# - LoRA of rank 8 trains 1.8 % of the numbers, in a file of 9.8 MB, and takes the loss from 3.84 to 2.86 nats a token in
+#   24 steps, as full tuning does: the difference is −0.022 to +0.005 (three seeds). Rank 1 ends 0.04 behind.
 # - LoRA's best rate was 40, 40 and 10 times full tuning's at $r$ = 1, 8 and 64: search it for each rank.
 # - LoRA on one end of a tied table makes two tables. Say so in the config (`tie_word_embeddings = False`) before it is
 #   saved, or one of them is lost.
