@@ -38,10 +38,7 @@ METADATA = {
     },
 }
 # Shown outside the notebooks: file in images/ → the notebook and how the sentence under the picture begins.
-IMAGES = {
-    "what_each_rank_keeps.png": ("03_finetuning_deltas", "Every ΔW cut to rank 8"),
-    "five_cases.png": ("12_real_llm", "Share of a tuning's gain in five cases"),
-}
+IMAGES = {"five_cases.png": ("12_real_llm", "Share of a tuning's gain in five cases")}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 

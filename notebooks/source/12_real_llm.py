@@ -914,7 +914,11 @@ assert all(
 explore.predict(
     "The encoder's ΔW, gently tuned and cut to r = 8 of 384, kept 89 % of the gain. The language model has width 576 and "
     "six times the parameters. How much stays at r = 8?",
-    {"less than 89 %": "«…»", "about as much": "«…»", "all of it": "«…»"},
+    {
+        "less than 89 %": "8 directions are 1.4 % of the width, but they keep 98 % of the gain.",
+        "about as much": "More: 98 % after gentle tuning.",
+        "all of it": "Nearly: 98 % after gentle tuning. And after steep tuning more than all: what is cut away had done harm.",
+    },
 )
 
 # %%
@@ -940,19 +944,30 @@ for (how, seed), row in sorted(cut_runs.items()):
     print(f"{name:38} {numbers}  {energy:>31} {row['spectra']['up']['size']:12.4f}")
 print("LoRA trained at r, of full tuning:", "  ".join(f"r = {r}: {each:.2f}" for r, each in learnt.items()))
 assert sorted(cut_runs) == [(how, seed) for how in ("gentle", "steep") for seed in (0, 1)]
-assert all(each[1] < each[8] < 1.05 for each in kept.values())  # TODO bound
-assert min(learnt.values()) > 0.8  # TODO bound
+of = lambda how, r: [kept[how, seed][r] for seed in (0, 1)]
+assert all(0.78 < each < 0.84 for each in of("gentle", 1))
+assert all(0.96 < each < 0.98 for each in of("gentle", 8)) and all(
+    1.01 < each < 1.05 for each in of("steep", 8)
+)
+assert [round(each, 2) for each in of("steep", 1)] == [0.99, 0.93] and kept["gentle", 0][
+    0
+] < 0.04 < 0.1 < kept["steep", 0][0] < 0.15
+assert 0.93 < learnt[1] < 0.95 and all(0.98 < learnt[r] < 1.01 for r in (4, 8, 16, 64))
+one = {kind: 1 / cut_runs["steep", 0]["spectra"][kind]["stable"] for kind in ("query", "up", "table")}
+assert [round(100 * each) for each in one.values()] == [15, 13, 70]  # % of the energy in the first direction
 
 # %% [markdown]
-# **Cut.** «Gently tuned it keeps … at r = 1 and … at r = 8, 1.4 % of the width; steeply tuned … and … (two seeds).» «What
-# is not cut, the norms, alone holds … %.»
+# **Cut.** Gently tuned it keeps 83 and 79 % of the gain at $r = 1$ and 98 and 97 % at $r = 8$, which is 1.4 % of the width; steeply tuned
+# 99 and 93 %, and 104 and 101 % (two seeds). More than all: the tail of the steep $\Delta W$ had done harm. What is not cut, the norms,
+# alone holds 3 % of the gain after gentle tuning and 12 % after steep (seed 0). $\Delta W$ is tiny, 0.05 to 0.35 % of $W$.
 #
-# **Trained.** LoRA at $r = 1$ reaches «…» % of tuned full tuning's gain on the same answers, though cut to one direction
-# the full tuning's own $\Delta W$ keeps «…»: training at a rank is not cutting to it. It looks for the best $\Delta W$ of
-# that rank; a cut takes the strongest part of another one.
+# **Trained.** LoRA at $r = 1$ reaches 94 % of tuned full tuning's gain on the same answers, from $r = 4$ on 99 % or more. Cut
+# to one direction the gentle $\Delta W$ keeps less of its own gain: training at a rank is not cutting to it. LoRA looks for
+# the best $\Delta W$ of that rank; a cut takes the strongest part of another one.
 #
-# **Energy is not gain.** «In its first 8 directions the steep ΔW has … % of the queries' energy, and keeps … % of the
-# gain.»
+# **Energy is not gain.** The first direction of the steep $\Delta W$ has 15 % of the queries' energy, 13 % of *up*'s, and 70 %
+# of the table's (where chapter 03 found out what that is worth); with one direction of each matrix nearly the whole gain
+# stays. The gentle $\Delta W$ has more of its energy there, and keeps less.
 #
 # One kind of matrix alone cut to $r = 8$, all others whole:
 
@@ -967,13 +982,15 @@ plots.paired_bars(
 )
 widest = max(abs(each) for by_kind in lost.values() for each in by_kind.values())
 axes.set_xlim(-1.3 * widest, 1.3 * widest)
-assert widest < 0.2  # TODO bound
+assert widest < 0.025 and max(lost["gentle"].values()) < 0.01 and max(lost["steep"].values()) < 0
 plots.show(
-    figure, "One kind of matrix cut to r = 8: «…» lose most of the gain, «…» %, all others less than «…» %."
+    figure,
+    "One kind of matrix cut to r = 8: of the gentle tuning none loses 1 % of the gain; of the steep one every cut lowers the loss, down's by 2 % of the gain.",
 )
 
 # %% [markdown]
-# «Which kind loses most, and whether the table does, of which a cut to 8 directions keeps … % of the energy.»
+# None: cut to $r = 8$ no kind loses 1 % of the gain, and after steep tuning every cut lowers the loss (one seed, 96 answers;
+# the scale is small). The MLP's matrices, whose energy is spread most widely, move it most.
 #
 # ## 9 · Five cases
 #
@@ -998,22 +1015,27 @@ of = lambda name, r=8: [round(each, 2) for each in at[r][name]["cut"].values()]
 assert of("TinyLM, far text") == [0.81, 0.57] and of("TinyLM, near text") == [0.54]
 assert of("rxnfp, reactions") == [0.88] and of("MiniLM, search") == [0.89, 1.0]
 assert of("MiniLM, search", 1) == [0.5, 0.83] and round(at[1]["MiniLM, search"]["trained"], 2) == 0.87
-assert all(share > 0 for share in at[8]["SmolLM2, docstrings"]["cut"].values())  # TODO bound
+assert of("SmolLM2, docstrings") == [0.98, 1.04] and of("SmolLM2, docstrings", 1) == [0.83, 0.99]
+assert min(share for row in at[64].values() for share in row["cut"].values()) > 0.95
 
 # %% [markdown]
 # Cut to $r = 8$, TinyLM, with 8 % of its width, keeps 81 and 57 % of the gain on the far task and 54 % on the near one. The
-# published fine-tune goes 88 % of the way with 3 % of its width, the encoder keeps 89 and 100 % with 2 %. «This model keeps
-# … and … with 1.4 %. So the update of a larger pre-trained model is / is not lower-rank, in numbers and as a share of the
-# width.» Five cases differ in more than the size: in the task, in how well the model was trained before, in how far the
-# tuning goes. «What is the same in all five.»
+# published fine-tune goes 88 % of the way with 3 % of its width, the encoder keeps 89 and 100 % with 2 %. This model keeps
+# 98 and 104 % with 1.4 %. Sorted by size, the five are sorted by what a cut keeps, too: **in these cases the update of a larger
+# pre-trained model is of lower rank**, in plain numbers and even more as a share of the width. Where it comes from these five
+# cannot say. They differ in the task as well (this one is learnt mostly as a form), in how well the model was trained before,
+# in how far the tuning goes: TinyLM's $\Delta W$ is 5 to 26 % of $W$, the encoder's and this model's at most 1 %.
+#
+# What is the same in all five: 64 directions keep 96 % of the gain or more. And where LoRA was trained, it reaches at rank $r$
+# as large a share of tuned full tuning's gain as the gentle $\Delta W$ keeps of its own when cut to $r$, or a larger one.
 #
 # Which sentences of chapters 03 and 07 hold beyond TinyLM?
 #
 # | said of TinyLM | the encoder (11) | this model |
 # | --- | --- | --- |
-# | 03: energy is not behaviour | holds in nats: the steep $\Delta W$ has less of its energy in 8 directions, and keeps more of its gain in them | «…» |
-# | 03: tune gently what shall be cut; a steep tuning's gain needs more directions | not seen: the steep one keeps more in nats, 0.83 instead of 0.50 at $r = 1$; not in mean reciprocal rank | «…» |
-# | 03, 07: training at rank $r$ is not cutting to rank $r$, and gains more | beside the gentle cut, at $r = 1$: 0.87 and 0.50. Beside the steep one, 0.83, hardly | «…» |
+# | 03: energy is not behaviour | holds in nats: the steep $\Delta W$ has less of its energy in 8 directions, and keeps more of its gain in them | holds: one direction with 13 % of *up*'s energy, and nearly the whole gain |
+# | 03: tune gently what shall be cut; a steep tuning's gain needs more directions | not seen: the steep one keeps more in nats, 0.83 instead of 0.50 at $r = 1$; not in mean reciprocal rank | turned round, in nats: the steep one keeps 99 and 93 % at $r = 1$, the gentle one 83 and 79 % |
+# | 03, 07: training at rank $r$ is not cutting to rank $r$, and gains more | beside the gentle cut, at $r = 1$: 0.87 and 0.50. Beside the steep one, 0.83, hardly | beside the gentle cut, at $r = 1$: 0.94 and 0.83. Beside the steep one, no |
 # | 07: no rank is free, every doubling brings a few points | less so: 87 % of the gain in nats at $r = 1$, 103 % at 64 | no: 96 % at $r = 1$, 100 to 101 % from 4 on |
 # | 07: with alpha = $r$ the best rate falls with the rank, from sixteen to two times full tuning's | falls, from 80 to 5 times | falls, from 40 to 10 times |
 # | 07: LoRA leaves intruders, full tuning few | not looked at | «…» |
@@ -1037,7 +1059,9 @@ plots.show(figure, explore.draw_cases(figure, five))
 #   saved, or one of them is lost.
 # - LoRA saves gradients and Adam's means, four bits save weights, neither saves activations. NF4 with double quantisation
 #   takes 4.127 bits a number and errs by 9 % of $W$; an adapter trained on it stays beside it.
-# - «How low is low: one sentence on the five cases.»
+# - How low is low? Cut to 8 directions, full tuning's $\Delta W$ keeps 54 to 81 % of the gain in TinyLM, 88 % of the way in a
+#   published BERT, 89 to 100 % in the encoder, 98 to 104 % here: lower, the larger the model, in these five cases. LoRA trained
+#   at $r = 8$ is level with full tuning in the two largest, or nearly so.
 
 # %% [markdown]
 # ## Exercises
