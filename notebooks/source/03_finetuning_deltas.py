@@ -429,8 +429,8 @@ for (rate, n), kept in near.items():
 
 # %%
 beyond = {row["name"]: row["cut"] for row in at_rank(cases(), 8)}
-for name, cut in beyond.items():
-    print(f"{name:22} cut to rank 8: " + ", ".join(f"{how} {share:.0%}" for how, share in cut.items()))
+for name, at_8 in beyond.items():
+    print(f"{name:22} cut to rank 8: " + ", ".join(f"{how} {share:.0%}" for how, share in at_8.items()))
 larger = [
     [round(100 * share) for share in beyond[name].values()]
     for name in ("MiniLM, search", "SmolLM2, docstrings")

@@ -872,38 +872,36 @@ for text in ("prose", "code"):
 #
 # **Is it the intruders?** Chapter 07 found that LoRA leaves *intruders*, strong singular directions of $W + \Delta W$ that
 # are unlike any of $W$. Shuttleworth et al. (2024) say that these are what forgets, and test it: scale them down, and look
-# at both, the task and the rest. Such a test needs a control: as many strong directions that are no intruders, scaled
-# likewise. $\lambda = 1$ is the tuned model, at $\lambda = 0$ the directions are gone.
+# at both, the task and the rest. Here is how many there are ($|\cos| < 0.5$ among the ten strongest left directions of each
+# of 210 matrices), and what the tuned model has forgotten.
 
 # %%
 looked_at = [row for row in runs if "intruders" in row]
+forgot = {}
 for row in looked_at:
     found = row["intruders"]
+    forgot[row["method"], row["rate"]] = [
+        found["scaled"]["1"][text] - untuned[text] for text in ("prose", "code")
+    ]
+    prose, code = forgot[row["method"], row["rate"]]
     print(
-        f"{called(row['method'], row['size'])}, rate {row['rate']:g}: {found['number']:.2f} intruders a matrix, in {found['share']:.0%} of them"
+        f"{called(row['method'], row['size']):12} rate {row['rate']:<7g} intruders a matrix: {found['number']:.2f}",
+        end="",
     )
-    for what, name in (("scaled", "intruders"), ("control", "others")):
-        for scale in ("1", "0") if what == "scaled" else ("0",):
-            losses_at = "  ".join(
-                f"{text} {found[what][scale][text]:.3f}" for text in ("task", "prose", "code")
-            )
-            print(f"   {name:9} times {scale:3}  {losses_at}")
-assert {(row["method"], row["size"]) for row in looked_at} == {("lora", RANK), ("full", None)}
-number = {
-    name: [row["intruders"]["number"] for row in looked_at if row["method"] == name]
-    for name in ("lora", "full")
-}
-assert min(number["lora"]) > max(number["full"])  # TODO bound
-damage = lambda row, what: row["intruders"][what]["0"]["prose"] - row["intruders"]["scaled"]["1"]["prose"]
-assert all(
-    damage(row, "scaled") < damage(row, "control") for row in looked_at if row["method"] == "lora"
-)  # TODO bound
+    print(f"   prose {prose:+.3f}, code {code:+.3f} nats a token")
+assert list(forgot) == [("full", 2e-4), ("lora", 4e-3), ("lora", 8e-3)]
+assert all(row["intruders"]["number"] == 0 for row in looked_at)
+assert all(steep > 6 * usual for steep, usual in zip(forgot["lora", 8e-3], forgot["lora", 4e-3]))
+task = {row["rate"]: row["intruders"]["scaled"]["1"]["task"] for row in looked_at if row["method"] == "lora"}
+assert 0.05 < task[8e-3] - task[4e-3] < 0.065
 
 # %% [markdown]
-# LoRA leaves «…» intruders a matrix at its tuned rate and «…» at its steepest, full tuning «…» and «…». «Scaled down to
-# nothing, they take … of the task's gain with them, and prose … and code …: causal or not, as in the paper.» The control
-# shows what as many ordinary directions of the same matrices carry: without them «…». (One seed, $|\cos| < 0.5$ among the
-# ten strongest.)
+# Not one, in any matrix: not at the tuned rate, not at twice that rate, and not under full tuning at its steepest. Yet at twice
+# the tuned rate LoRA has forgotten 0.33 nats a token of prose and 0.43 of code. So **a model can forget without intruders**;
+# here they are not the cause, since there are none. Their test, to scale them down, has nothing to scale: the record would
+# have done it, beside a control of as many strong directions that are no intruders. Whether intruders *also* forget, in runs
+# that have them (longer ones, or TinyLM's, where $\Delta W$ is far larger), this model does not say. What forgets here is the
+# rate: twice the tuned one costs LoRA 0.06 nats on the task and makes it forget more than six times as much. (One seed each.)
 #
 # ## 8 · How low is low?
 #
@@ -1038,7 +1036,7 @@ assert min(share for row in at[64].values() for share in row["cut"].values()) > 
 # | 03, 07: training at rank $r$ is not cutting to rank $r$, and gains more | beside the gentle cut, at $r = 1$: 0.87 and 0.50. Beside the steep one, 0.83, hardly | beside the gentle cut, at $r = 1$: 0.94 and 0.83. Beside the steep one, no |
 # | 07: no rank is free, every doubling brings a few points | less so: 87 % of the gain in nats at $r = 1$, 103 % at 64 | no: 96 % at $r = 1$, 100 to 101 % from 4 on |
 # | 07: with alpha = $r$ the best rate falls with the rank, from sixteen to two times full tuning's | falls, from 80 to 5 times | falls, from 40 to 10 times |
-# | 07: LoRA leaves intruders, full tuning few | not looked at | «…» |
+# | 07: LoRA leaves intruders, full tuning few | not looked at | no: neither leaves any |
 # | 07: the rate forgets; at equal gain LoRA does not forget less | not looked at | holds: $r = 8$ forgets more than full tuning, a little |
 #
 # All of it in one picture:
