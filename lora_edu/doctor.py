@@ -131,9 +131,14 @@ def lacking(notebook: Path, wrong_data: Sequence[str] = ()) -> list[str]:
 
 
 def read_code(source: str) -> tuple[set[str], set[str]]:
-    """(modules imported, names used) by a piece of Python."""
+    """(modules imported, names used) by a piece of Python; a module that it can do without (`try: import …`) is none."""
     modules, words = set(), set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    tried = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and _catches_import_error(node)]
+    spared = {id(inner) for node in tried for each in node.body for inner in ast.walk(each)}
+    for node in ast.walk(tree):
+        if id(node) in spared and isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -144,6 +149,15 @@ def read_code(source: str) -> tuple[set[str], set[str]]:
         elif isinstance(node, ast.Attribute):
             words.add(node.attr)
     return modules, words
+
+
+def _catches_import_error(node: ast.Try) -> bool:
+    return any(
+        isinstance(inner, ast.Name) and inner.id in ("ImportError", "ModuleNotFoundError")
+        for handler in node.handlers
+        if handler.type
+        for inner in ast.walk(handler.type)
+    )
 
 
 def importable(module: str) -> bool:

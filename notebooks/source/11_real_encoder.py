@@ -483,6 +483,10 @@ def scores_of(model, vectors):
     return scores
 
 
+assert len(names) == len(pairs["test"])
+
+
+# %% tags=["nbval-ignore-output"]
 box = None
 if opened:
     systems = {"untuned": scores_of(opened.model, vectors_before), "tuned": scores_of(model, vectors_after)}

@@ -17,7 +17,7 @@
 # how much rank a tuning needs, and for which models that was measured.
 #
 # **You should know** chapters 03 (gain, truncation), 05 (LoRA, $s$), 06 (tied tables), 07 (rates, intruders) and 11.
-# **Time:** 60 minutes to read, five to run; without the model, half a minute.
+# **Time:** 60 minutes to read, three to run; without the model, half a minute.
 
 # %% tags=["setup"]
 import json
@@ -352,11 +352,13 @@ for key in sorted(test, key=lambda key: (list(TARGETS).index(key[0]) if key[1] e
         f"{called(*key):23} {tuned[key][0]['trained']:>11,} numbers  rate {rates[key]:<7g} {tried:24}", end=""
     )
     print(f"{test[key]:.3f} nats, {share_of[key]:4.0%} of full tuning's gain")
-assert rates["full", None] == 1e-4 and rates["lora", 1] == 4e-3
+
+# %%
 times = [round(rates["lora", r] / rates["full", None]) for r in (1, 8, 64)]
 of_rate = {row["rate"]: row["validation"] for row in method_grid(runs, TASK, "lora", RANK, STEPS)}
 assert (
-    times == [40, 40, 10]
+    rates["full", None] == 1e-4
+    and times == [40, 40, 10]
     and 0 < of_rate[0.002] - of_rate[0.004] < 0.002 < 0.06 < of_rate[0.008] - of_rate[0.004]
 )
 assert 0.95 < share_of["lora", 1] < 0.965 and all(0.995 < share_of["lora", r] < 1.015 for r in (4, 8, 16, 64))
@@ -803,12 +805,13 @@ if opened and opened.source.gguf:
     )
     left = (per_few(nats_before) - merged) / (per_few(nats_before) - in_four_bits)
     print(f"of the gain {left:.0%} is left")
-    assert left < 0.9
+    assert left < 0.5
 else:
     print("without the GGUF file: nothing to merge")
 
 # %% [markdown]
-# The update is smaller than the steps between levels, so that the rounding decides what becomes of it. And what does NF4 cost
+# Most of the gain is lost: the update is smaller than the steps between levels, so that the rounding decides what becomes of
+# it. And what does NF4 cost
 # this model? The base recorded in NF4 was rounded a second time, from the decoded Q4_1, so that both roundings are in it.
 
 # %%
@@ -941,6 +944,8 @@ for (how, seed), row in sorted(cut_runs.items()):
     name = f"{how}, rate {row['rate']:g}, seed {seed}"
     print(f"{name:38} {numbers}  {energy:>31} {row['spectra']['up']['size']:12.4f}")
 print("LoRA trained at r, of full tuning:", "  ".join(f"r = {r}: {each:.2f}" for r, each in learnt.items()))
+
+# %%
 assert sorted(cut_runs) == [(how, seed) for how in ("gentle", "steep") for seed in (0, 1)]
 of = lambda how, r: [kept[how, seed][r] for seed in (0, 1)]
 assert all(0.78 < each < 0.84 for each in of("gentle", 1))
