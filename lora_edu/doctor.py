@@ -131,7 +131,7 @@ def lacking(notebook: Path, wrong_data: Sequence[str] = ()) -> list[str]:
 
 
 def read_code(source: str) -> tuple[set[str], set[str]]:
-    """(modules imported, names used) by a piece of Python; a module that it can do without (`try: import …`) is none."""
+    """(modules imported, names used) by a piece of Python, but for modules that it tries and can do without."""
     modules, words = set(), set()
     tree = ast.parse(source)
     tried = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and _catches_import_error(node)]

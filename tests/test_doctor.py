@@ -24,6 +24,12 @@ def test_a_missing_package_is_named(chapter):
     assert doctor.lacking(chapter) == ["the package no_such_package.part is missing"]
 
 
+def test_a_package_that_a_chapter_can_do_without_is_not_missing():
+    without = "try:\n    from nowhere_a import f\nexcept ImportError:\n    f = None\n"
+    needed = "try:\n    import nowhere_b\nexcept ValueError:\n    pass\n"
+    assert doctor.read_code(without)[0] == set() and doctor.read_code(needed)[0] == {"nowhere_b"}
+
+
 def test_damaged_data_counts_for_a_chapter_that_loads_it(chapter):
     lacks = doctor.lacking(chapter, ["base.safetensors"])
     assert "data/ is not whole (base.safetensors): `git checkout -- data` brings it back" in lacks

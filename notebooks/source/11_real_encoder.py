@@ -578,7 +578,7 @@ assert kept["TinyLM, far, gentle"][1] > 0.4 > 0.1 > kept["TinyLM, far, steep"][1
 # that the steep run is past its best: tuned at the best rate the encoder ends lower, so that the directions that a cut removes
 # may have done harm. And in mean reciprocal rank the two rates do not differ at $r = 8$ (gentle 0.87 and 1.02, steep 1.00 and
 # 0.88). So chapter 03's advice did not show here; these four runs do not refute it. The regimes are far apart: the encoder
-# gains with $\|\Delta W\|$ between 0.0015 and 0.01 of $\|W\|$ (matrices *up*), TinyLM with 0.05 to 0.26.
+# gains with $\lVert \Delta W \rVert$ between 0.0015 and 0.01 of $\lVert W \rVert$ (matrices *up*), TinyLM with 0.05 to 0.26.
 #
 # **Energy is not gain**, again: the steep $\Delta W$ has *less* of its energy in its first 8 directions (the queries' 44 to
 # 46 % instead of 54 to 55 %), and these keep *more* of the gain. More than half of the steep $\Delta W$'s energy (queries
