@@ -646,7 +646,9 @@ def dots_by_kind(
 
 
 @style()
-def paired_bars(axes: Axes, groups: Mapping[str, Mapping[str, float]], **labels) -> list[Artist]:
+def paired_bars(
+    axes: Axes, groups: Mapping[str, Mapping[str, float]], form: str = ".0%", **labels
+) -> list[Artist]:
     """Horizontal bars in groups, a group a row, each with its share written beside it; `labels` go to Axes.set.
 
     groups: name of the bar → row → value; the rows of the first name the axis, from the top down.
@@ -659,7 +661,7 @@ def paired_bars(axes: Axes, groups: Mapping[str, Mapping[str, float]], **labels)
     ):
         y = [row + thick * (place - (len(groups) - 1) / 2) for row in range(len(rows))]
         bars = axes.barh(y, [values[row] for row in rows], height=0.92 * thick, color=colour, label=name)
-        axes.bar_label(bars, [f"{values[row]:.0%}" for row in rows], padding=3, fontsize=8)
+        axes.bar_label(bars, [f"{values[row]:{form}}" for row in rows], padding=3, fontsize=8)
         drawn += list(bars)
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlim=(0, 1.18 * max(max(values.values()) for values in groups.values())), **labels)

@@ -164,6 +164,7 @@ def draw_cases(figure: Figure, cases: Sequence[Case], r: int | None = None) -> s
     r: the rank that is marked in all curves, with its figures in the sentence; None: none.
     """
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.25, 1])
+    at = f"r = {r}" if r else "r"
     for case, (colour, mark) in zip(cases, LOOKS, strict=True):
         for name, curve in case.cut.items():
             places = [100 * rank / case.width for rank in curve if rank]
@@ -176,6 +177,11 @@ def draw_cases(figure: Figure, cases: Sequence[Case], r: int | None = None) -> s
         if case.trained:
             numbers = [case.numbers[rank] for rank in case.trained]
             right.plot(numbers, list(case.trained.values()), color=colour, marker=mark, markersize=4)
+            for rank in case.trained if case is cases[-1] else ():
+                place = (case.numbers[rank], case.trained[rank])
+                right.annotate(
+                    str(rank), place, (0, -13), textcoords="offset points", ha="center", fontsize=7.5
+                )
             right.plot(case.full, 1, mark, color=colour, markersize=5, markerfacecolor="white")
             if r in case.trained:
                 _ring(right, case.numbers[r], case.trained[r], colour, mark, colour)
@@ -183,13 +189,13 @@ def draw_cases(figure: Figure, cases: Sequence[Case], r: int | None = None) -> s
         axes.axhline(1, color=plots.GREY, linestyle=":", linewidth=1)
     left.set(xscale="log", xlabel="r in % of the width", ylabel="share of the gain", ylim=(-0.08, 1.14))
     plots.plain_ticks(left.xaxis, (0.2, 1, 5, 20, 60))
-    left.set_title("full tuning's ΔW, cut to r" + (f" = {r}" if r else ""))
+    left.set_title(f"ΔW cut to {at}: of its own gain")
     right.set(xscale="log", xlabel="numbers trained")
     plots.plain_ticks(right.xaxis, (1e4, 1e6, 1e8))
     right.xaxis.set_ticklabels(["10 000", "1 million", "100 million"])
     right.set(xlim=(9e3, 4e8))
     right.annotate("full tuning", (3.6e8, 1), (0, 5), textcoords="offset points", ha="right", fontsize=8.5)
-    right.set_title("LoRA, trained at r" + (f" = {r}" if r else ""))
+    right.set_title(f"LoRA at {at}: of full tuning's")
     left.legend(fontsize=7, loc="lower right", title="model (width); dashed: steep", title_fontsize=7)
     if r is None:
         return (

@@ -438,9 +438,9 @@ larger = [
 assert larger == [[89, 100], [98, 104]] and beyond["TinyLM, far text"]["steep"] < 0.6
 
 # %% [markdown]
-# No. There the gentle tunings keep 89 and 98 % of their gain in nats, and the steep ones *more*: 100 and 104 %, since what is
-# cut away had done harm. (One seed; a second, recorded for both, agrees within 3 %. Shares of each run's own gain.) The larger models' updates are of lower
-# rank, and the advice to tune gently before a cut is advice for a tuning like TinyLM's, which goes far from what the model
+# No. There the gentle tunings keep 89 and 98 % of their gain in nats, and the steep ones no less: 100 and 104 %, with the second
+# seed 98 and 101 %. (Shares of each run's own gain. Where it is more than 100 %, what is cut away had done harm.) The gain of
+# these updates lies in fewer directions, and the advice to tune gently before a cut is advice for a tuning like TinyLM's, which goes far from what the model
 # knew. Chapter 12 sets the five cases side by side.
 
 # %% [markdown]

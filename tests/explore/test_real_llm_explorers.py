@@ -105,7 +105,7 @@ def test_without_a_rank_the_figure_stands_for_itself():
     figure = plots.figure((7.2, 3.9))
     said = draw_cases(figure, MADE_UP)
     left, right = figure.axes
-    assert "five cases" in said and left.get_title("left") == "full tuning's ΔW, cut to r"
+    assert "five cases" in said and left.get_title("left") == "ΔW cut to r: of its own gain"
     assert len(left.get_legend().get_texts()) == 5
     x, y = left.lines[-2].get_data()  # the last curve: SmolLM2, steep
     assert list(x) == pytest.approx([100 * r / 576 for r in (1, 2, 8, 64)]) and y[0] == pytest.approx(0.25)
