@@ -413,10 +413,11 @@ with torch.no_grad():  # as if it had been trained
     wanted = tiny(x).logits
     lora.remove_lora(tiny, merge=True)
     merged = tiny(x).logits
-assert tiny.lm_head.weight is not tiny.model.embed_tokens.weight and torch.equal(merged, wanted)
+assert tiny.lm_head.weight is not tiny.model.embed_tokens.weight
+assert torch.allclose(merged, wanted, atol=1e-3)
 
 # %% [markdown]
-# Merged, the model has two tables, and its logits are those of the adapter, bit for bit. Now it is saved. The file holds
+# Merged, the model has two tables, and its logits are those of the adapter, up to rounding. Now it is saved. The file holds
 # both tables. But the config still says `tie_word_embeddings: true`, and a program that believes it puts both into one
 # place.
 
@@ -439,12 +440,12 @@ with quiet(), torch.no_grad():
         by_config = opened_by_config(folder / f"tied_{tied}")
         by_transformers = LlamaForCausalLM.from_pretrained(folder / f"tied_{tied}").eval()
         off[tied] = float((by_config(x).logits - wanted).abs().max())
-        told = "as merged" if off[tied] == 0 else "other logits, one of the two tables is lost"
+        told = "as merged" if off[tied] < 1e-3 else "other logits, one of the two tables is lost"
         print(f"tie_word_embeddings={tied}: read as the config says: {told}")
         if not tied:
-            assert torch.equal(by_transformers(x).logits, wanted)
+            assert torch.allclose(by_transformers(x).logits, wanted, atol=1e-3)
             assert torch.equal(by_transformers.lm_head.weight, tiny.lm_head.weight)
-assert off[False] == 0 and off[True] > 0.1
+assert off[False] < 1e-3 < 0.1 < off[True]
 
 # %% [markdown]
 # Nothing warns of it: the file is whole, the model opens, and what LoRA has learnt is gone. It was transformers' own way,
