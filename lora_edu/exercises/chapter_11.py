@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_edu import retrieval
-from lora_edu.exercises.answers import in_words, no_function, normal, real, same
+from lora_edu.exercises.answers import in_words, no_function, normal, real, same, tried
 
 SCALE = 20.0
 DRAWS = 2_000  # of exercise 5
@@ -28,9 +28,9 @@ def check_11_1(answer: object) -> str:
         lengths[0] = time  # the longest text has no padding
         mask = (torch.arange(time) < lengths[:, None]).long()
         call = f"with states ({texts}, {time}, {width})"
-        got = _called(answer, states.clone(), mask.clone())
-        if isinstance(got, str):
-            return f"Exercise 1: not yet: {call} {got}"
+        got, problem = _called(1, answer, call, states.clone(), mask.clone())
+        if problem:
+            return problem
         if got.shape != (texts, width):
             return (
                 f"Exercise 1: not yet: {call} the answer is a tensor ({texts}, {width}), a vector for each text; got "
@@ -83,9 +83,9 @@ def check_11_2(answer: object) -> str:
         Q, D = (F.normalize(each, dim=-1) for each in normal((len(groups), 4), (len(groups), 4)))
         twice = len(groups) - len(groups.unique())
         call = f"with {len(groups)} pairs" + (", some of one group," if twice else "")
-        got = _called(answer, Q.clone(), D.clone(), groups.clone(), number=True)
-        if isinstance(got, str):
-            return f"Exercise 2: not yet: {call} {got}"
+        got, problem = _called(2, answer, call, Q.clone(), D.clone(), groups.clone(), number=True)
+        if problem:
+            return problem
         if problem := _loss_problem(got, Q, D, groups):
             return f"Exercise 2: not yet: {call} it gives {got:.4g}: {problem}"
     return (
@@ -151,9 +151,9 @@ def check_11_3(answer: object) -> str:
             if twice
             else "without groups that recur"
         )
-        got = _called(answer, scores.clone(), groups.clone(), number=True)
-        if isinstance(got, str):
-            return f"Exercise 3: not yet: {call} {got}"
+        got, problem = _called(3, answer, call, scores.clone(), groups.clone(), number=True)
+        if problem:
+            return problem
         if problem := _mrr_problem(got, scores, groups, equal):
             return f"Exercise 3: not yet: {call} it gives {got:.4g}: {problem}"
     return (
@@ -328,15 +328,18 @@ def check_11_6(answer: object) -> str:
     )
 
 
-def _called(answer: Callable, *arguments, number: bool = False) -> Tensor | float | str:
-    """What a function returns, a tensor or a number; in words what is wrong if it returns neither."""
-    try:
-        got = answer(*arguments)
-    except Exception as error:
-        return f"it raises {type(error).__name__}: {error}"
-    if number:
+def _called(
+    k: int, answer: Callable, call: str, *arguments: object, number: bool = False
+) -> tuple[Tensor | float | None, str]:
+    """As `answers.tried`, for a function that gives a tensor, or a number."""
+    got, problem = tried(k, answer, call, *arguments)
+    if problem:
+        return None, problem
+    if number:  # which may be infinite: that is a mistake with a name
         try:
-            return float(got)
+            return float(got), ""
         except (TypeError, ValueError, RuntimeError):
-            return f"the answer is one number; got {in_words(got)}."
-    return got if isinstance(got, Tensor) else f"the answer is a tensor; got {in_words(got)}."
+            return None, f"Exercise {k}: not yet: {call} the answer is one number; got {in_words(got)}."
+    if isinstance(got, Tensor):
+        return got, ""
+    return None, f"Exercise {k}: not yet: {call} the answer is a tensor; got {in_words(got)}."

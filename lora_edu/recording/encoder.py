@@ -5,26 +5,22 @@ left when every ΔW is cut. Validation chooses, test is reported. The tools are 
 written is `lora_edu.data.load_encoder_runs`.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from lora_edu import retrieval
 from lora_edu.data import hub
 from lora_edu.data.runs import tuned_rate
 from lora_edu.lora import add_lora
-from lora_edu.paths import write_atomically
 from lora_edu.recording import real_models
 from lora_edu.recording.methods import KEYS, name_of, record_stage
-from lora_edu.recording.real_models import Subject
+from lora_edu.recording.real_models import Subject, texts
 from lora_edu.recording.run import workers
-from lora_edu.tuning import trained_parameters
 
 TASK = "functions"
 STEPS, LONG, BATCH = 24, 96, 64
@@ -75,12 +71,6 @@ def wanted(rows: Iterable[Mapping], short: int = STEPS, long: int = LONG) -> lis
 
 
 @cache
-def texts() -> dict[str, list]:
-    """`retrieval.load_pairs`, read once."""
-    return retrieval.load_pairs()
-
-
-@cache
 def pairs(split: str) -> tuple[list[list[int]], list[list[int]], Tensor]:
     """(token ids of the summaries, of the sources, groups) of a split."""
     found, tokenizer = texts()[split], hub.load_encoder().tokenizer
@@ -120,37 +110,28 @@ def figures(found: Tensor, groups: Tensor) -> dict[str, float]:
 
 
 def record(run: Mapping, folder: Path) -> dict:
-    """Do a run, or read its row if it has been done: folder/NAME.json; what was trained lies beside it."""
-    path = folder / f"{name_of(run)}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    opened = hub.load_encoder()
-    before = real_models.weights_of(opened.model)
-    model = apply(opened.model, run["method"], run["size"], run["seed"])
-    row = {key: run[key] for key in KEYS} | {"trained": trained_parameters(model)}
-    batches = retrieval.PairBatches(opened.tokenizer, texts()["train"], batch=BATCH, seed=run["seed"])
-    try:
-        history = real_models.train(model, batches, retrieval.pair_loss, run["rate"], run["steps"])
-    except FloatingPointError as error:  # a rate that is too large is a result, too
-        row |= {"validation": None, "test": None, "failed": str(error)}
-    else:
-        on_validation = figures(*scores(model, "validation"))
-        row |= {"validation": on_validation["loss"], "validation_mrr": on_validation["mrr"], "test": None}
-        row |= {"seconds": round(history.seconds, 1)}
-        write_atomically(path.with_suffix(".safetensors"), real_models.changes(model, before))
-    write_atomically(path, json.dumps(row).encode())
-    return row
+    """`real_models.record` of the encoder, on the training pairs."""
+
+    def tune(model: nn.Module, run: Mapping):
+        tokenizer = hub.load_encoder().tokenizer
+        batches = retrieval.PairBatches(tokenizer, texts()["train"], batch=BATCH, seed=run["seed"])
+        return real_models.train(model, batches, retrieval.pair_loss, run["rate"], run["steps"])
+
+    return real_models.record(run, folder, _untuned, apply, tune, _validated)
 
 
 def trained_again(run: Mapping, folder: Path) -> nn.Module:
     """The encoder as a recorded run has left it."""
-    model = hub.load_encoder().model
-    if run["method"] == "full":
-        return real_models.moved(model, real_models.weights_of(model), real_models.deltas(run, folder))
-    model = apply(model, run["method"], run["size"], run["seed"])
-    kept = load_safetensors((folder / f"{name_of(run)}.safetensors").read_bytes())
-    model.load_state_dict(kept, strict=False)
-    return model.eval()
+    return real_models.trained_again(run, folder, _untuned(), apply)
+
+
+def _untuned() -> nn.Module:
+    return hub.load_encoder().model
+
+
+def _validated(model: nn.Module) -> dict[str, float]:
+    found = figures(*scores(model, "validation"))
+    return {"validation": found["loss"], "validation_mrr": found["mrr"]}
 
 
 # ---- what is measured of the tuned ones ------------------------------------------------------------------------
@@ -158,10 +139,8 @@ def trained_again(run: Mapping, folder: Path) -> nn.Module:
 
 def tested(run: Mapping, folder: Path) -> dict:
     """What a run finds among the test pairs: `measured` of its scores. Read if it is there: folder/NAME.test.json."""
-    path = folder / f"{name_of(run)}.test.json"
-    if not path.is_file():
-        write_atomically(path, json.dumps(measured(*scores(trained_again(run, folder), "test"))).encode())
-    return json.loads(path.read_text(encoding="utf-8"))
+    do = lambda: measured(*scores(trained_again(run, folder), "test"))
+    return real_models.read_or_make(folder / f"{name_of(run)}.test.json", do)
 
 
 def measured(found: Tensor, groups: Tensor) -> dict:
@@ -185,27 +164,24 @@ def cut(run: Mapping, folder: Path) -> dict:
 
     Biases, norms and positions keep all of theirs. Read if it is there: folder/NAME.cut.json.
     """
-    path = folder / f"{name_of(run)}.cut.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
     measure = lambda model: figures(*scores(model, "test", QUARTER))
     ranks, kind_ranks = (CUT_AGAIN, ()) if run["seed"] else (CUT_TO, KIND_RANKS)
-    row = {"quarter": measure(trained_again(run, folder))}
-    model, delta = hub.load_encoder().model, real_models.deltas(run, folder)
-    row |= real_models.cut(model, delta, kind_of, KINDS, measure, ranks, kind_ranks)
-    write_atomically(path, json.dumps(row).encode())
-    return row
+
+    def do() -> dict:
+        whole, delta = measure(trained_again(run, folder)), real_models.deltas(run, folder)
+        parts = real_models.cut(_untuned(), delta, kind_of, KINDS, measure, ranks, kind_ranks)
+        return {"quarter": whole} | parts
+
+    return real_models.read_or_make(folder / f"{name_of(run)}.cut.json", do)
 
 
 def without_tuning() -> list[dict]:
     """The rows of the untuned encoder ("none") and of BM25 ("bm25"): `measured` on test; validation, nats a query."""
-    model = hub.load_encoder().model
-    on_validation = figures(*scores(model, "validation"))
+    model = _untuned()
     test = texts()["test"]
     counted = retrieval.bm25([each.summary for each in test], [each.source for each in test])
     about = dict.fromkeys(KEYS) | {"task": TASK, "trained": 0}
-    none = about | {"method": "none"} | measured(*scores(model, "test"))
-    none |= {"validation": on_validation["loss"], "validation_mrr": on_validation["mrr"]}
+    none = about | {"method": "none"} | measured(*scores(model, "test")) | _validated(model)
     words = measured(counted, retrieval.groups_of(test))
     for name in ("all", "quarter"):
         words[name]["loss"] = None  # its scores are no cosines

@@ -17,22 +17,19 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_edu import docstrings, lowrank, retrieval
+from lora_edu import docstrings, lowrank
 from lora_edu.data import corpus, hub
 from lora_edu.data.functions import SHARES
 from lora_edu.data.runs import tuned_method, tuned_rate
 from lora_edu.lora import add_lora, lora_layers, quantise_model
-from lora_edu.paths import write_atomically
 from lora_edu.recording import real_models
 from lora_edu.recording.analysis import STRONGEST
 from lora_edu.recording.methods import KEYS, name_of, record_stage
-from lora_edu.recording.real_models import Subject
+from lora_edu.recording.real_models import Subject, texts
 from lora_edu.recording.run import workers
-from lora_edu.tuning import trained_parameters
 
 TASK = "docstrings"
 STEPS, BATCH = 24, 8
@@ -115,7 +112,7 @@ def untuned() -> nn.Module:
 @cache
 def pairs(split: str) -> tuple[list, list]:
     """(functions, pairs) of a split; of validation and test as many as are measured, evenly spaced."""
-    kept, found = docstrings.encode(opened().tokenizer, retrieval.load_pairs()[split])
+    kept, found = docstrings.encode(opened().tokenizer, texts()[split])
     number = {"validation": VALIDATED, "test": TESTED}.get(split, len(found))
     return docstrings.spread(kept, number), docstrings.spread(found, number)
 
@@ -143,12 +140,10 @@ def apply(model: nn.Module, method: str, size: int | None, seed: int = 0) -> nn.
     return add_lora(model, size, size, SUBJECT.targets[method], tied="separate")
 
 
-def train(model: nn.Module, run: Mapping, progress: bool | str = False):
+def train(model: nn.Module, run: Mapping):
     """`real_models.train` on the training pairs."""
     batches = docstrings.AnswerBatches(pairs("train")[1], BATCH, run["seed"])
-    return real_models.train(
-        model, batches, docstrings.answer_loss, run["rate"], run["steps"], progress=progress
-    )
+    return real_models.train(model, batches, docstrings.answer_loss, run["rate"], run["steps"])
 
 
 def loss_on(model: nn.Module, split: str, number: int | None = None) -> float:
@@ -159,52 +154,32 @@ def loss_on(model: nn.Module, split: str, number: int | None = None) -> float:
 
 
 def record(run: Mapping, folder: Path) -> dict:
-    """Do a run, or read its row if it has been done: folder/NAME.json; what was trained lies beside it."""
-    path = folder / f"{name_of(run)}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    model = untuned()
-    before = real_models.weights_of(model) if run["method"] == "full" else {}
-    model = apply(model, run["method"], run["size"], run["seed"])
-    row = {key: run[key] for key in KEYS} | {"trained": trained_parameters(model)}
-    try:
-        history = train(model, run)
-    except FloatingPointError as error:  # a rate that is too large is a result, too
-        row |= {"validation": None, "test": None, "failed": str(error)}
-    else:
-        row |= {"validation": loss_on(model, "validation"), "test": None}
-        row |= {"seconds": round(history.seconds, 1)}
-        write_atomically(path.with_suffix(".safetensors"), real_models.changes(model, before))
-    write_atomically(path, json.dumps(row).encode())
-    return row
+    """`real_models.record` of the language model."""
+    validated = lambda model: {"validation": loss_on(model, "validation")}
+    return real_models.record(run, folder, untuned, apply, train, validated)
 
 
 def trained_again(run: Mapping, folder: Path) -> nn.Module:
     """The model as a recorded run has left it."""
-    model = untuned()
-    if run["method"] == "full":
-        return real_models.moved(model, real_models.weights_of(model), real_models.deltas(run, folder))
-    model = apply(model, run["method"], run["size"], run["seed"])
-    kept = load_safetensors((folder / f"{name_of(run)}.safetensors").read_bytes())
-    model.load_state_dict(kept, strict=False)
-    return model.eval()
+    return real_models.trained_again(run, folder, untuned(), apply)
 
 
 # ---- what is measured of the tuned ones --------------------------------------------------------------------------
 
 
 def measured(model: nn.Module) -> dict:
-    """ "test": nats a token of the held-out answers; "nats" and "tokens": the same answer by answer; "cut_on": the loss
-    of those that cuts are measured on; "prose", "code": nats a token of other text; "chrf", "imperative": of what is
+    """ "test": nats a token of the held-out answers; "nats": those of each answer; "cut_on": the loss of the answers
+    that cuts are measured on; "prose", "code": nats a token of other text; "chrf", "imperative": of what is
     written for WRITTEN of the functions; "answers": those texts."""
     functions, found = pairs("test")
     nats, tokens = docstrings.held_out(model, found)
+    some = docstrings.spread(range(len(found)), CUT_ON)
     prompts = docstrings.spread([each.prompt for each in found], WRITTEN)
     answers = docstrings.write(model, opened().tokenizer, prompts)
     summaries = docstrings.spread([each.summary for each in functions], WRITTEN)
     return {
         "test": round(float(nats.sum() / tokens.sum()), 4),
-        "cut_on": loss_on(model, "test", CUT_ON),
+        "cut_on": round(float(nats[some].sum() / tokens[some].sum()), 4),
         **{name: round(docstrings.text_loss(model, some), 4) for name, some in windows().items()},
         "chrf": round(docstrings.chrf(answers, summaries), 2),
         "imperative": round(sum(map(docstrings.is_imperative_line, answers)) / len(answers), 4),
@@ -215,10 +190,8 @@ def measured(model: nn.Module) -> dict:
 
 def tested(run: Mapping, folder: Path) -> dict:
     """`measured` of a run. Read if it is there: folder/NAME.test.json."""
-    path = folder / f"{name_of(run)}.test.json"
-    if not path.is_file():
-        write_atomically(path, json.dumps(measured(trained_again(run, folder))).encode())
-    return json.loads(path.read_text(encoding="utf-8"))
+    do = lambda: measured(trained_again(run, folder))
+    return real_models.read_or_make(folder / f"{name_of(run)}.test.json", do)
 
 
 def kind_of(name: str) -> str | None:
@@ -231,16 +204,15 @@ def cut(run: Mapping, folder: Path) -> dict:
 
     Read if it is there: folder/NAME.cut.json.
     """
-    path = folder / f"{name_of(run)}.cut.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
     figures = lambda model: loss_on(model, "test", CUT_ON)
     ranks, kind_ranks = (CUT_AGAIN, ()) if run["seed"] else (CUT_TO, KIND_RANKS)
-    whole = figures(trained_again(run, folder))
-    model, delta = untuned(), real_models.deltas(run, folder)
-    row = {"whole": whole} | real_models.cut(model, delta, kind_of, KINDS, figures, ranks, kind_ranks)
-    write_atomically(path, json.dumps(row).encode())
-    return row
+
+    def do() -> dict:
+        whole, delta = figures(trained_again(run, folder)), real_models.deltas(run, folder)
+        parts = real_models.cut(untuned(), delta, kind_of, KINDS, figures, ranks, kind_ranks)
+        return {"whole": whole} | parts
+
+    return real_models.read_or_make(folder / f"{name_of(run)}.cut.json", do)
 
 
 def intruding(run: Mapping, folder: Path) -> dict:
@@ -252,9 +224,11 @@ def intruding(run: Mapping, folder: Path) -> dict:
     "number": intruders in a matrix, the mean; "share": matrices with one; "scaled", "control": λ → "task" (CUT_ON
     answers), "prose", "code" in nats a token. Read if it is there: folder/NAME.intruders.json.
     """
-    path = folder / f"{name_of(run)}.intruders.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    do = lambda: _intruding(run, folder)
+    return real_models.read_or_make(folder / f"{name_of(run)}.intruders.json", do)
+
+
+def _intruding(run: Mapping, folder: Path) -> dict:
     base = real_models.weights_of(untuned())
     model = trained_again(run, folder)
     layers = dict(lora_layers(model))
@@ -289,7 +263,6 @@ def intruding(run: Mapping, folder: Path) -> dict:
             losses = {"task": loss_on(model, "test", CUT_ON)}
             losses |= {name: round(docstrings.text_loss(model, some), 4) for name, some in windows().items()}
             row[what][f"{scale:g}"] = losses
-    write_atomically(path, json.dumps(row).encode())
     return row
 
 
@@ -391,15 +364,15 @@ def without_tuning(run: Mapping, folder: Path) -> dict:
 
     Read if it is there: folder/METHOD.json.
     """
-    path = folder / f"{run['method']}.json"
-    if not path.is_file():
+
+    def do() -> dict:
         model = untuned()
         if run["method"] != "none":
             quantise_model(model)
         row = dict.fromkeys(KEYS) | {"task": TASK, "method": run["method"], "trained": 0}
-        row |= {"validation": loss_on(model, "validation")} | measured(model)
-        write_atomically(path, json.dumps(row).encode())
-    return json.loads(path.read_text(encoding="utf-8"))
+        return row | {"validation": loss_on(model, "validation")} | measured(model)
+
+    return real_models.read_or_make(folder / f"{run['method']}.json", do)
 
 
 def record_all(

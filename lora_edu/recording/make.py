@@ -548,22 +548,8 @@ class Maker:
 
     def write_encoder(self, rows: list[dict]) -> dict:
         """encoder.json, a row a line, and encoder_spectra.safetensors."""
-        write_atomically(self.out / "encoder_spectra.safetensors", real_models.spectra(rows))
-        made = (
-            "singular values of ΔW of a sentence encoder tuned fully, gently and steeply, two seeds; float16"
-        )
-        self.describe("encoder_spectra.safetensors", made)
-        rows = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
-        head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
-        head |= {"model": published.PUBLISHED[published.ENCODER].requirement}
-        write_atomically(self.out / "encoder.json", packed(head, rows))
-        self.describe(
-            "encoder.json", "a sentence encoder tuned to find functions: settings, ranks on test, cuts of ΔW"
-        )
-        return {
-            "rows": len(rows),
-            "training_seconds": round(sum(row.get("seconds", 0) for row in rows)),
-        }
+        made = "a sentence encoder tuned to find functions: settings, ranks on test, cuts of ΔW"
+        return self._write_real(rows, "encoder", published.ENCODER, "a sentence encoder", made)
 
     def llm(self) -> dict:
         """A language model that others published (got through pip), tuned to write docstrings: rows, spectra."""
@@ -575,17 +561,23 @@ class Maker:
 
     def write_llm(self, rows: list[dict], functions: list[dict], memory: list[dict]) -> dict:
         """llm.json, a row a line, and llm_spectra.safetensors."""
-        write_atomically(self.out / "llm_spectra.safetensors", real_models.spectra(rows))
-        made = "singular values of ΔW of a language model tuned fully, gently and steeply, two seeds; float16"
-        self.describe("llm_spectra.safetensors", made)
+        made = "a language model tuned to write docstrings: settings, losses, answers, cuts of ΔW"
+        more = {"functions": functions, "memory": memory}
+        return self._write_real(rows, "llm", published.LANGUAGE_MODEL, "a language model", made, **more)
+
+    def _write_real(
+        self, rows: list[dict], name: str, package: str, model: str, made: str, **more: list[dict]
+    ) -> dict:
+        """NAME.json of a real model's rows, with `more` in its head, and the spectra of those that were cut."""
+        spectra = f"{name}_spectra.safetensors"
+        write_atomically(self.out / spectra, real_models.spectra(rows))
+        of = f"singular values of ΔW of {model} tuned fully, gently and steeply, two seeds; float16"
+        self.describe(spectra, of)
         rows = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
         head = {"command": "make data", "versions": self._manifest()["versions"], "threads": 1}
-        head |= {"model": published.PUBLISHED[published.LANGUAGE_MODEL].requirement}
-        head |= {"functions": functions, "memory": memory}
-        write_atomically(self.out / "llm.json", packed(head, rows))
-        self.describe(
-            "llm.json", "a language model tuned to write docstrings: settings, losses, answers, cuts of ΔW"
-        )
+        head |= {"model": published.PUBLISHED[package].requirement} | more
+        write_atomically(self.out / f"{name}.json", packed(head, rows))
+        self.describe(f"{name}.json", made)
         return {
             "rows": len(rows),
             "training_seconds": round(sum(row.get("seconds", 0) for row in rows)),

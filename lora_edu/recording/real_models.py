@@ -3,8 +3,10 @@
 Not for running anything: `encoder` and `llm` say what their model, task and figures are. The grids are methods.py's.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +15,16 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from lora_edu import lowrank
+from lora_edu import lowrank, retrieval
+from lora_edu.data.functions import Function
 from lora_edu.data.runs import tuned_rate
 from lora_edu.lora import lora_layers
-from lora_edu.recording.methods import grid, name_of, seeds_of
+from lora_edu.paths import write_atomically
+from lora_edu.recording.methods import KEYS, grid, name_of, seeds_of
 from lora_edu.recording.regimes import spectrum_of
 from lora_edu.recording.run import workers
 from lora_edu.training import fit
+from lora_edu.tuning import trained_parameters
 
 
 class Subject(NamedTuple):
@@ -90,14 +95,60 @@ def tuned(subject: Subject, rows: Iterable[Mapping], steps: int) -> list[Mapping
 # ---- one run ---------------------------------------------------------------------------------------------------
 
 
-def train(
-    model: nn.Module, batches: Callable, loss: Callable, rate: float, steps: int, progress: bool | str = False
-):
+@cache
+def texts() -> dict[str, list[Function]]:
+    """`retrieval.load_pairs`, read once."""
+    return retrieval.load_pairs()
+
+
+def read_or_make(path: Path, make: Callable[[], dict]) -> dict:
+    """The JSON in a file; made and written where it is not there yet."""
+    if not path.is_file():
+        write_atomically(path, json.dumps(make()).encode())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def record(
+    run: Mapping, folder: Path, untuned: Callable, apply: Callable, tune: Callable, validated: Callable
+) -> dict:
+    """Do a run, or read its row if it has been done: folder/NAME.json; what was trained lies beside it.
+
+    untuned: () → the model; apply: (model, method, size, seed) → the model with the method on it; tune: (model, run) →
+    its history; validated: model → what a row says of the validation pairs, "validation" among it.
+    """
+    path = folder / f"{name_of(run)}.json"
+
+    def do() -> dict:
+        model = untuned()
+        before = weights_of(model) if run["method"] == "full" else {}
+        model = apply(model, run["method"], run["size"], run["seed"])
+        row = {key: run[key] for key in KEYS} | {"trained": trained_parameters(model)}
+        try:
+            history = tune(model, run)
+        except FloatingPointError as error:  # a rate that is too large is a result, too
+            return row | {"validation": None, "test": None, "failed": str(error)}
+        write_atomically(path.with_suffix(".safetensors"), changes(model, before))
+        return row | validated(model) | {"test": None, "seconds": round(history.seconds, 1)}
+
+    return read_or_make(path, do)
+
+
+def trained_again(run: Mapping, folder: Path, model: nn.Module, apply: Callable) -> nn.Module:
+    """The untuned model as `record` has left it after a run, in eval mode."""
+    if run["method"] == "full":
+        return moved(model, weights_of(model), deltas(run, folder))
+    model = apply(model, run["method"], run["size"], run["seed"])
+    kept = load_safetensors((folder / f"{name_of(run)}.safetensors").read_bytes())
+    model.load_state_dict(kept, strict=False)
+    return model.eval()
+
+
+def train(model: nn.Module, batches: Callable, loss: Callable, rate: float, steps: int):
     """AdamW on what is free, warm-up and straight decay, no weight decay; `training.fit`'s history."""
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.95), weight_decay=0.0
     )
-    return fit(model, batches, optimizer, steps, loss=loss, progress=progress)
+    return fit(model, batches, optimizer, steps, loss=loss, progress=False)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -73,14 +73,14 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_EDU_LANGUAGE_MODEL", str(tmp_path / "model"))
     found = tiny.functions(12)
     parts = {"train": found, "validation": found[:6], "test": found}
-    monkeypatch.setattr(llm.retrieval, "load_pairs", lambda: parts)
+    monkeypatch.setattr(real_models.retrieval, "load_pairs", lambda: parts)
     sizes = {"BATCH": 4, "VALIDATED": 4, "TESTED": 12, "CUT_ON": 6, "WRITTEN": 3}
     for name, number in sizes.items():
         monkeypatch.setattr(llm, name, number)
     draw = torch.Generator().manual_seed(0)
     texts = {name: torch.randint(3, 20, (2, 10), generator=draw) for name in ("prose", "code")}
     monkeypatch.setattr(llm, "windows", lambda: texts)
-    caches = llm.opened, llm.pairs
+    caches = llm.opened, llm.pairs, real_models.texts
     for each in caches:
         each.cache_clear()
     yield tmp_path / "runs"
